@@ -1,0 +1,614 @@
+"""
+Everything with weights: SiT, the tiny world (procedural images, tiny configurations, tiny feature networks and the
+training of them all), loading and saving, and, in the last section, the plumbing that every script shares.
+
+python models.py                                                # make all of assets/ again (hours on two cores)
+python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
+
+Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (it costs a minute to warm up).
+"""
+import colorsys
+import copy
+import difflib
+import itertools
+import math
+import os
+import pickle
+import re
+import sys
+import time
+import zipfile
+from datetime import timedelta
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
+out = "assets" # folder for all tiny assets; with --real FOLDER a file, for example base.pt
+minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
+images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
+batch_size = 256 # images per pre-training update
+lr = 6e-3 # Adam
+lr_knee = 500_000 # images after which the learning rate falls as 1/sqrt(images)
+only = "all" # which assets to make: all, features, base
+seed = 0 # weights, order of images, noise
+# -----------------------------------------------------------------------------
+
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+
+
+# ---- SiT ------------------------------------------------------------------------------------------------------------
+
+SIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "tiny": (4, 64, 4)}
+
+
+def modulate(x, shift, scale):          # x (B, T, D); shift, scale (B, D)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):               # (B,) in [0, 1], never times 1000 => (B, D)
+        freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = t[:, None].float() * freqs
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LabelEmbedding(nn.Module):
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)     # the last row is the null class of guidance
+
+    def forward(self, y):               # (B,) int64 => (B, D)
+        return self.embedding_table(y)
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, patch, channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x):               # (B, C, H, W) => (B, T, D), T = H W / patch^2
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = MLP(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):            # x (B, T, D), c (B, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift_msa, scale_msa)
+        x = torch.addcmul(x, gate_msa.unsqueeze(1), self.attn(h))
+        h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift_mlp, scale_mlp)
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(h))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, patch, channels):
+        super().__init__()
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+
+
+def position_table(width, grid):
+    """Sin-cos table (1, grid^2, width): the first half codes the column, the second the row; in a half sin, then cos."""
+    freqs = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
+    rows, columns = np.mgrid[:grid, :grid].reshape(2, -1, 1) * freqs
+    table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+class SiT(nn.Module):
+    """Ma et al. 2024, with the official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
+    family = "sit"
+
+    def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False):
+        super().__init__()
+        C, H, _ = shape
+        self.shape, self.patch, self.num_classes = tuple(shape), patch, num_classes
+        self.out_channels = 2 * C if learn_sigma else C
+        self.x_embedder = PatchEmbedding(patch, C, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(num_classes, width)
+        self.pos_embed = nn.Parameter(position_table(width, H // patch), requires_grad=False)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.final_layer = FinalLayer(width, patch, self.out_channels)
+
+    def forward(self, x, t, y):
+        B, C, H, W = x.shape
+        p = self.patch
+        c = self.t_embedder(t) + self.y_embedder(y)                     # (B, D)
+        h = self.x_embedder(x) + self.pos_embed                         # (B, T, D)
+        for block in self.blocks:
+            h = block(h, c)
+        h = self.final_layer(h, c).view(B, H // p, W // p, p, p, self.out_channels)     # channel innermost
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, H, W)[:, :C]   # drop the learned sigma
+
+
+def init_sit(model):
+    """The official initialisation: Xavier everywhere, zero modulation and final layer, so that a block starts as identity."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.view(model.x_embedder.proj.weight.shape[0], -1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    for w in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
+        nn.init.normal_(w, std=0.02)
+    for layer in [b.adaLN_modulation[1] for b in model.blocks] + [model.final_layer.adaLN_modulation[1],
+                                                                  model.final_layer.linear]:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+# ---- The tiny world ------------------------------------------------------------------------------------------------
+
+# What an image is made for is part of its seed, so that training, selection and reporting never share an image.
+STREAMS = {"train": 0, "select": 1, "report": 2, "floor": 3, "features": 4, "features2": 5}
+CLASSES = 10
+SIZE = 16
+FACTORS = {"size": (7.5, 11.5), "x": (5.5, 9.5), "y": (5.5, 9.5), "angle": (-25.0, 25.0), "stroke": (0, 3),
+           "hue": (0.0, 1.0), "brightness": (0.5, 1.0)}     # px, px, px, degrees, quarters of a pixel, turns, 0..1
+
+
+@lru_cache(maxsize=None)
+def glyph(digit, stroke):
+    """One digit of Pillow's own font on 72 x 72, centred; it is drawn once and then only turned and scaled."""
+    mask = Image.new("L", (72, 72))
+    font = ImageFont.load_default(size=48)
+    ImageDraw.Draw(mask).text((36, 36), str(digit), font=font, fill=255, anchor="mm", stroke_width=stroke)
+    return mask
+
+
+def tiny_image(seed, stream, i):
+    """Mask (16, 16) uint8 and the factors (7,) of image i: they depend on (seed, stream, i) alone."""
+    u = np.random.SeedSequence((seed, STREAMS[stream], i)).generate_state(len(FACTORS)) / 2**32
+    low, high = np.array(list(FACTORS.values())).T
+    factors = low + u * (high - low)
+    factors[4] = int(4 * u[4])                                          # stroke is one of 0, 1, 2, 3
+    size, x, y, angle, stroke = factors[:5]
+    scale = 34 / (4 * size)                                             # glyph pixels (34 high) per canvas pixel
+    c, s = math.cos(math.radians(angle)) * scale, math.sin(math.radians(angle)) * scale
+    cx, cy = 4 * (x + 0.5), 4 * (y + 0.5)
+    affine = (c, -s, 36 - c * cx + s * cy, s, c, 36 - s * cx - c * cy)
+    canvas = glyph(i % CLASSES, int(stroke)).transform((4 * SIZE, 4 * SIZE), Image.AFFINE, affine, Image.BILINEAR)
+    return np.asarray(canvas.reduce(4)), factors
+
+
+def tiny_images(n, seed, stream="train", start=0, step=1):
+    """
+    Procedural images start, start + step, .. of a stream: coloured digits, random in all of FACTORS.
+    Returns images uint8 (n, 3, 16, 16), labels int64 (n,) with label i % 10, factors float64 (n, 7) in FACTORS' order.
+    """
+    indices = range(start, start + n * step, step)
+    masks, factors = zip(*[tiny_image(seed, stream, i) for i in indices])
+    masks, factors = np.stack(masks), np.stack(factors)
+    colors = np.array([colorsys.hsv_to_rgb(hue, 0.75, brightness) for hue, brightness in factors[:, 5:]])
+    pixels = colors[:, :, None, None] * masks[:, None].astype(np.float32) + 0.5
+    return torch.from_numpy(pixels.astype(np.uint8)), torch.tensor(indices) % CLASSES, torch.from_numpy(factors)
+
+
+class FeatureNet(nn.Module):
+    """
+    Tiny networks trained to predict every factor of an image, so that FD sees colour and pose and not the class alone.
+    uint8 (N, 3, 16, 16) => float32 (N, dim) features. heads(features): 10 logits and 8 standardised factors.
+    """
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.size = name, SIZE
+        if name == "tiny":                                              # the reward's: strided convolutions, ReLU
+            self.dim = 64
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU(),
+                nn.Conv2d(48, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, self.dim))
+        elif name == "tiny2":                                           # the judge: wide kernels, pooling, GELU
+            self.dim = 128
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(32, 96, 3, padding=1), nn.GELU(),
+                nn.AvgPool2d(2), nn.Conv2d(96, 96, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(96 * 16, 256),
+                nn.GELU(), nn.Linear(256, self.dim))
+        else:
+            fail(f"unknown tiny feature network {name!r}; choose tiny or tiny2")
+        self.heads = nn.Sequential(nn.ReLU(), nn.Linear(self.dim, CLASSES + 8))
+
+    def forward(self, images):
+        return self.body(images.float() / 127.5 - 1)
+
+
+def factor_targets(factors):
+    """(N, 7) factors => (N, 8) targets of unit variance; hue is a circle: cos and sin."""
+    low, high = torch.tensor(list(FACTORS.values()), dtype=torch.float64).T
+    z = (2 * (factors - low) / (high - low) - 1) * math.sqrt(3)
+    turn = 2 * math.pi * factors[:, 5:6]
+    return torch.cat([z[:, :5], z[:, 6:], math.sqrt(2) * turn.cos(), math.sqrt(2) * turn.sin()], dim=1).float()
+
+
+def train_features(name, seed, updates=12000, batch=128):
+    """Train one tiny feature network on its own stream of images; returns it with its test error as a text."""
+    torch.manual_seed(seed)
+    net = FeatureNet(name)
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=updates)
+    stream = "features" if name == "tiny" else "features2"
+    x, y, factors = tiny_images(100_000, seed, stream)
+    z = factor_targets(factors)
+    for i in tqdm(range(updates), desc=f"features {name}", unit="update", mininterval=5):
+        k = torch.randint(len(x), (batch,))
+        prediction = net.heads(net(x[k]))
+        loss = F.cross_entropy(prediction[:, :CLASSES], y[k]) + (prediction[:, CLASSES:] - z[k]).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.requires_grad_(False).eval()
+    x, y, factors = tiny_images(10_000, seed, stream, start=len(x))
+    prediction = net.heads(net(x))
+    correct = (prediction[:, :CLASSES].argmax(1) == y).double().mean()
+    error = (prediction[:, CLASSES:] - factor_targets(factors)).square().mean()
+    return net, f"features {name}: class right {correct:.2%}, variance of the factors left unexplained {error:.2%}"
+
+
+# ---- Pre-training ---------------------------------------------------------------------------------------------------
+
+TRAINING_IMAGES = 200_000       # a fixed set: the tiny base cannot memorise it, and drawing it takes 15 seconds
+EMA_STDS = (0.05, 0.10)         # lengths of the two tracked averages, as a share of the training so far
+BASE_EMA = 0.05                 # the one that becomes the base
+
+
+def ema_exponent(std):
+    """gamma of the power-function average of relative width std: std^2 (g+2)^2 (g+3) = g+1. Karras et al. 2024, eq. 126."""
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    return roots.real.max()
+
+
+def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0.0):
+    """
+    Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`.
+    Two power-function averages of the weights are tracked; snapshot(images_seen, {std: model}) is called at every eighth
+    of the run. The rate falls as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, betas=(0.9, 0.99))
+    averages = {std: copy.deepcopy(model).requires_grad_(False).eval() for std in EMA_STDS}
+    pairs = {std: ([q for q, p in zip(a.parameters(), model.parameters()) if p.requires_grad], ema_exponent(std))
+             for std, a in averages.items()}
+    seen, eighths, began = 0, 0, time.time()
+    bar = tqdm(total=total or None, desc="pre-training", unit="image", mininterval=5)
+    while eighths < 8:
+        k = torch.randint(len(x), (batch,), generator=rng)
+        x1 = x[k].float() / 127.5 - 1
+        x0 = torch.randn(x1.shape, generator=rng)
+        t = torch.rand(batch, generator=rng)
+        labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
+        xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
+        loss = (model(xt, t, labels) - (x1 - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        seen += batch
+        optimizer.param_groups[0]["lr"] = lr * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
+        optimizer.step()
+        for slow, gamma in pairs.values():
+            torch._foreach_lerp_(slow, params, 1 - (1 - batch / seen) ** (gamma + 1))
+        bar.update(batch)
+        done = (time.time() - began) / (60 * minutes) if minutes else seen / total
+        while eighths < 8 and done >= (eighths + 1) / 8:
+            eighths += 1
+            snapshot(seen, averages)
+        if seen % (200 * batch) == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    bar.close()
+
+
+# ---- Images from disk -----------------------------------------------------------------------------------------------
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def list_images(path):
+    """Sorted names of the images in a folder or zip, and a function that opens one by its name."""
+    if not os.path.exists(path):
+        fail(f"{path} does not exist; needed: a folder or a .zip of png, jpg or webp images")
+    if os.path.isdir(path):
+        names = [os.path.relpath(os.path.join(d, f), path) for d, _, files in os.walk(path) for f in files]
+        opener = lambda name: open(os.path.join(path, name), "rb")
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names, opener = archive.namelist(), archive.open
+    else:
+        fail(f"{path} is neither a folder nor a zip file; needed: png, jpg or webp images in one of these")
+    names = sorted(n for n in names if n.lower().endswith(IMAGE_ENDINGS) and not n.startswith("__MACOSX"))
+    if not names:
+        fail(f"{path} holds no image; needed: png, jpg or webp files, flat or in one sub-folder per class", code=1)
+    return names, opener
+
+
+def image_classes(path, names):
+    """Classes of a listing: names of the sub-folders in alphabetical order ([] if flat) and labels int64 (N,)."""
+    folders = [os.path.dirname(n) for n in names]
+    classes = sorted(set(folders))
+    if len(classes) > 1 and "" in classes:
+        fail(f"{path} has images beside sub-folders ({names[folders.index('')]}); "
+             "needed: all images flat, or all in one sub-folder per class", code=1)
+    return classes if len(classes) > 1 else [], torch.tensor([classes.index(f) for f in folders])
+
+
+def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
+    """
+    Yields images start, start + step, .. of a folder or zip (at most `limit`), short side resized to `size` and
+    centre-cropped: uint8 (b, 3, size, size). One that cannot be read ends the script with exit code 1 and its name.
+    """
+    names, opener = list_images(path)
+    names = names[start::step][:limit or None]
+    for i in range(0, len(names), batch_size):
+        batch = []
+        for name in names[i:i + batch_size]:
+            try:
+                with opener(name) as f, Image.open(f) as image:
+                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as e:
+                fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
+            batch.append(np.asarray(fitted).transpose(2, 0, 1))
+        yield torch.from_numpy(np.stack(batch))
+
+
+# ---- Load and save --------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path):
+    """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is not a checkpoint."""
+    if not os.path.isfile(path):
+        fail(f"no checkpoint {path!r}; needed: a .pt file, or the name of one in {ASSETS}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        fail(f"{path} is not a PyTorch checkpoint ({str(e).splitlines()[0][:80]})", code=1)
+
+
+def load(path="", device="cpu"):
+    """
+    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or one of ours.
+    It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes, which is the null class.
+    """
+    asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
+    path = asset if os.path.isfile(asset) else path
+    parts = read_checkpoint(path)
+    state = parts.get("ema", parts) if isinstance(parts, dict) else None
+    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
+        fail(f"{path} holds no SiT: needed is a dict of its weights, flat or under 'ema'", code=1)
+    model = sit_like(state, parts.get("heads"), path)
+    return model.to(device).eval()
+
+
+def sit_like(state, heads, path):
+    """The SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+    try:
+        width, C, patch, _ = state["x_embedder.proj.weight"].shape
+        grid = math.isqrt(state["pos_embed"].shape[1])
+        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+        rows = state["final_layer.linear.weight"].shape[0]
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        heads = heads or {w: h for _, w, h in SIT_SIZES.values()}[width]
+        model = SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
+        model.load_state_dict({k: v.float() for k, v in state.items()})
+    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
+        fail(f"{path} is not a SiT: {' '.join(str(e).split())[:200]}", code=1)
+    return model
+
+
+def write(path, parts):
+    """torch.save to a neighbour, then rename: an interrupted write leaves the old file whole."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path + ".part", "wb") as f:
+        torch.save(parts, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
+def save(path, model, dtype=None, **extra):
+    """A checkpoint that load() and SiT's own code (under 'ema') read; dtype torch.float16 halves it. Atomic."""
+    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
+    write(path, dict(ema=state, heads=model.blocks[0].attn.heads, **extra))
+
+
+# ---- What every script shares: command line, process group, printing ------------------------------------------------
+
+def fail(message, code=2):
+    """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class Config(dict):
+    __getattr__ = dict.__getitem__
+
+
+def constants(namespace):
+    """[(name, default, note)]: the lines `name = value # note` between the first two rule lines of a script."""
+    with open(namespace["__file__"], encoding="utf-8") as f:
+        block = re.split(r"^# -{70,}$", f.read(), flags=re.M)[1]
+    rows = re.findall(r"^(\w+) = .*?(?:  ?# (.*))?$", block, flags=re.M)
+    return [(name, namespace[name], note) for name, note in rows]
+
+
+def parse(name, default, text):
+    """`text` as a value of the default's type; a mistake ends the script."""
+    if isinstance(default, bool):
+        if text.lower() in ("true", "1", "yes", "false", "0", "no"):
+            return text.lower() in ("true", "1", "yes")
+        fail(f"--{name}={text}: needed is true or false")
+    try:
+        value = type(default)(text)
+    except ValueError:
+        fail(f"--{name}={text}: needed is a value of type {type(default).__name__}, like {default}")
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f"--{name}={text}: needed is a finite number")
+    return value
+
+
+def configure(namespace, argv):
+    """
+    A script's constants, overridden by its command line: --key=value, --key value, --flag, --list a b c.
+    An unknown key, a wrong type or a stray word ends the script with one line and exit code 2.
+    """
+    rows = constants(namespace)
+    config = Config((name, default) for name, default, _ in rows)
+    words = list(argv)
+    while words:
+        key, given, value = words.pop(0).partition("=")
+        if key in ("--help", "-h"):
+            width = max(len(f"{n}={d}") for n, d, _ in rows)
+            print(namespace["__doc__"].strip() + "\n")
+            print("\n".join(f"  --{f'{n}={d}':{width}}  {note}" for n, d, note in rows))
+            raise SystemExit(0)
+        name = key[2:]
+        if not key.startswith("--") or name not in config:
+            near = difflib.get_close_matches(name, config, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
+            fail(f"{key!r} is not an option of {os.path.basename(namespace['__file__'])}; {hint}")
+        following = list(itertools.takewhile(lambda w: not w.startswith("--"), words))
+        if isinstance(config[name], list):
+            taken = value.split(",") if given else following
+            config[name] = [w for w in taken if w]
+            words = words if given else words[len(following):]
+        elif isinstance(config[name], bool) and not given:
+            config[name] = True
+        elif not given and not following:
+            fail(f"--{name} needs a value, like --{name}={config[name]}")
+        else:
+            config[name] = parse(name, config[name], value if given else words.pop(0))
+    return config
+
+
+def setup():
+    """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def gather(x, total):
+    """Rows of all ranks in one tensor, on every rank: row i of the result is row i // world of rank i % world."""
+    world = dist.get_world_size()
+    padded = x.new_zeros(-(-total // world), *x.shape[1:])
+    padded[:len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def print0(*args):
+    """Print on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def main(argv=None):
+    from fid import evaluate, feature_net, real_summaries
+    c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    if c.only not in ("all", "features", "base"):
+        fail(f"only {c.only!r}: choose all, features or base")
+    if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
+        fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
+             "none may be negative, images and batch_size at least 1")
+    setup()
+
+    # The tiny world's base is judged by tiny2, so the feature networks come first.
+    if c.real == "tiny" and c.only != "base":
+        for name, net_seed in (("tiny", c.seed), ("tiny2", c.seed + 1)):
+            net, found = train_features(name, net_seed)
+            print(found)
+            write(os.path.join(c.out, f"features-{name}.pt"), dict(model=net.state_dict(), found=found))
+    if c.only == "features":
+        return
+
+    if c.real == "tiny":
+        path, classes, (x, y, _) = os.path.join(c.out, "sit-tiny.pt"), [], tiny_images(TRAINING_IMAGES, c.seed, "train")
+        judge_path = os.path.join(c.out, "features-tiny2.pt")
+    elif not c.out.endswith(".pt"):
+        fail(f"--out={c.out}: with --real {c.real} the base is one file, for example --out base.pt")
+    else:
+        path, judge_path, (names, _) = c.out, None, list_images(c.real)
+        classes, y = image_classes(c.real, names)
+        x = torch.cat(list(tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch")))
+    num_classes = len(classes) or int(y.max()) + 1
+    print(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes")
+
+    # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
+    net = feature_net("tiny2", judge_path)
+    judged = real_summaries(c.real, [net], "all", 1, 50_000 if c.real == "tiny" else 0)
+    num = 10_000 if c.real == "tiny" else 2_000
+    eighth = 0
+
+    def snapshot(seen, averages):
+        nonlocal eighth
+        eighth += 1
+        for std, model in averages.items():
+            row = evaluate(model, [net], judged, num, num_prdc=num, stream="select")["tiny2"]
+            print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se']:.2f} "
+                  f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
+            if c.real == "tiny" and eighth % 2 == 0:
+                save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
+        save(path, averages[BASE_EMA], images=seen, classes=classes)
+
+    torch.manual_seed(c.seed)
+    model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
+    pretrain(model, x, y, c.seed, c.lr, c.lr_knee, c.batch_size, snapshot, c.images, minutes)
+    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, sit-tiny, "
+          f"{num_classes} classes; next: python train_rl.py --ckpt {path} --real {c.real}")
+
+
+if __name__ == "__main__":
+    main()

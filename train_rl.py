@@ -1,0 +1,455 @@
+"""
+Policy-gradient fine-tuning of an image generator whose reward is an improvement of FID.
+
+One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
+property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
+paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default).
+
+Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
+small, their KL is exact, printed and bounded).
+
+python train_rl.py                                              # tiny model, four minutes on two CPU cores
+python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after python models.py --real FOLDER
+torchrun --nproc_per_node=8 train_rl.py                         # any number of ranks draws the same images
+"""
+import copy
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from json import dumps
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from fid import evaluate, feature_net, histogram_distance, real_summaries
+from models import configure, fail, gather, load, print0, save, setup
+from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
+from sample import decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory, velocity
+
+# -----------------------------------------------------------------------------
+ckpt = "" # .pt file or the name of an asset; empty: the tiny base
+real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
+out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
+json = "" # also write the table before / after to this file
+seed = 0 # of rollouts; evaluation has its own stream
+# what is drawn
+iters = 100 # rollouts, each with `epochs` updates
+batch = 1000 # images per rollout, over all ranks
+sampler = "flow" # of rollouts and evaluation, see sample.py
+steps = 10 # of the sampler
+noise = 1.0 # its noise level
+last = 0.0 # length of its last step; 0: the form's own
+cfg = 1.0 # guidance scale
+rollout = "" # another sampler for the rollouts only, for example euler with --objective=forward; empty: sampler
+batch_size = 250 # images in one pass, per rank
+# what is rewarded
+features = "tiny" # feature network of the reward
+credit = "image" # image: first variation of FD; subset: the exact gain of its subset for each of its images
+subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
+reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
+memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
+refresh = 0 # redraw the whole reference set every so many iterations; 0: a queue fed by the rollouts (credit=subset)
+advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
+top = 1.0 # train on this share of the images only, those with the largest absolute advantages
+bound = 5.0 # advantages are bounded to so many standard deviations
+# how it is learned
+objective = "ppo" # ppo: policy gradient through the noisy steps; forward: re-noised clean images, any sampler
+times = 2 # random steps (ppo) or re-noised times (forward) of each image that are trained on; 0: all noisy steps
+epochs = 1 # updates per rollout
+clip = 0.2 # of the log-ratio, in nats; acts only if epochs > 1
+proximal = 1.0 # weight of |v - v_old|^2 (objective=forward, acts only if epochs > 1)
+lr = 6e-5 # Adam
+beta1 = 0.5 # Adam's momentum
+cosine = False # let lr fall to 0 over the run
+grad_clip = 1.0 # bound on the gradient's norm
+kl_limit = 0.1 # nats per iteration and image; a longer step is halved until it fits
+ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
+micro_batch = 500 # (image, step) pairs in one backward pass, per rank
+# how it is judged
+judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
+num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
+num_real = 50000 # real images of the tiny world, each for reward and judging; of a folder each gets half
+num_prdc = 3000 # KID and the neighbour metrics use the first so many
+eval_full = False # also evaluate with 5 times the steps
+# -----------------------------------------------------------------------------
+
+
+# ---- Rollout --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def roll_out(model, indices, labels, plan, seed, cfg, batch_size):
+    """Images `indices` of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities (K, n, C, H, W)."""
+    seeds = image_seeds(seed, "train", indices)
+    states, velocities = [], []
+    for i in range(0, len(seeds), batch_size):
+        xs, vs = zip(*trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size], plan, cfg))
+        states.append(torch.stack(xs))
+        velocities.append(torch.stack(vs[:-1]))
+    return torch.cat(states, dim=1), torch.cat(velocities, dim=1)
+
+
+def draw_features(model, net, first, count, plan, seed, cfg, batch_size, device):
+    """Features (count, d) of images first .. first + count - 1 of the training stream, on every rank, and their labels."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = torch.arange(first, first + count)[rank::world]
+    kept = []
+    for part in mine.split(batch_size):
+        states, _ = roll_out(model, part, part.to(device) % model.num_classes, plan, seed, cfg, batch_size)
+        kept.append(net(decode(model, states[-1])))
+    features = torch.cat(kept) if kept else torch.empty(0, net.dim, device=device)
+    return gather(features, count), torch.arange(first, first + count, device=device) % model.num_classes
+
+
+# ---- Reward ---------------------------------------------------------------------------------------------------------
+
+def normalize(reward, labels, bound):
+    """
+    Advantages (n,): reward minus the mean of its class (of all, if classes have fewer than 8 images or labels is None),
+    over the standard deviation, bounded, and centred again: a constant left over would be a reward-free drift.
+    """
+    centred = reward - reward.mean()
+    if labels is not None:
+        count = torch.bincount(labels)
+        if count[count > 0].min() >= 8:
+            mean = torch.zeros_like(count, dtype=reward.dtype).index_add_(0, labels, reward) / count.clamp(min=1)
+            centred = reward - mean[labels]
+    scaled = (centred / centred.std().clamp(min=1e-12)).clamp(-bound, bound)
+    return scaled - scaled.mean()
+
+
+class ImageCredit:
+    """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
+    def __init__(self, features, labels, real, memory):
+        self.real_mu, self.real_root, self.memory = real.mu, covariance_root(real.cov), memory
+        self.moments = Moments(features.shape[1], features.device).add(features)
+
+    def __call__(self, features, labels, bound):
+        self.moments.fade(self.memory).add(features)
+        reward = -influence(features, *self.moments.gaussian(), self.real_mu, self.real_root)
+        return normalize(reward, labels, bound), reward
+
+    @property
+    def fd(self):
+        return distance_to_root(*self.moments.gaussian(), self.real_mu, self.real_root).item()
+
+
+class SubsetCredit:
+    """The paper's reward: the exact fall of FD when a subset replaces members of the reference set of the same labels."""
+    def __init__(self, features, labels, real, subset, seed):
+        self.reference, self.labels, self.subset = ReferenceSet(features, real.mu, real.cov), labels.cpu(), subset
+        self.oldest, self.rng = 0, torch.Generator().manual_seed(seed)
+
+    def slots_like(self, labels):           # (n,) labels => (n,) members of the same labels, drawn without replacement
+        slots = torch.empty(len(labels), dtype=torch.int64)
+        for k in labels.unique():
+            members = (self.labels == k).nonzero().flatten()
+            wanted = (labels == k).sum().item()
+            if wanted > len(members):
+                fail(f"the reference set has {len(members)} images of class {k}, a subset {wanted}; raise --reference")
+            slots[labels == k] = members[torch.randperm(len(members), generator=self.rng)[:wanted]]
+        return slots
+
+    def __call__(self, features, labels, bound):
+        groups = features.view(-1, self.subset, features.shape[1])
+        slots = torch.stack([self.slots_like(y) for y in labels.cpu().view(-1, self.subset)])
+        gains = self.reference.swap_gain(slots.to(features.device), groups)
+        return normalize(gains, None, bound).repeat_interleave(self.subset), gains
+
+    def push(self, features, labels):
+        """The queue: the new images take the places of the oldest members."""
+        N = len(self.labels)
+        features, labels = features[-N:], labels[-N:]
+        places = (self.oldest + torch.arange(len(labels))) % N
+        self.reference.replace(places.to(features.device), features)
+        self.labels[places] = labels.cpu()
+        self.oldest = (self.oldest + len(labels)) % N
+
+    @property
+    def fd(self):
+        return self.reference.fd
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+def ppo_pairs(states, labels, advantages, plan, times, rng, rank, world):
+    """
+    (image, step) pairs of this rank to train on: `times` random noisy steps of each image, of all images in turn so that
+    every step is trained equally often. A dict of tensors whose first axis is the pair.
+    """
+    n = states.shape[1]
+    noisy = plan.noisy
+    scores = torch.rand(n * world, len(noisy), generator=rng)[rank::world]      # the same for any number of ranks
+    k = noisy[scores.argsort(1)[:, :times or len(noisy)]].to(states.device)     # (n, times)
+    i = torch.arange(n, device=states.device)[:, None].expand_as(k)
+    k, i = k.T.flatten(), i.T.flatten()
+    return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float(), image=i)
+
+
+def forward_pairs(states, labels, advantages, times, rng, rank, world):
+    """Clean images of this rank, each re-noised at `times` random times. A dict as ppo_pairs'."""
+    x1 = states[-1].repeat(times, 1, 1, 1)
+    n = states.shape[1]
+    x0 = torch.cat([torch.randn(n * world, *x1.shape[1:], generator=rng)[rank::world] for _ in range(times)])
+    t = torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
+    x0, t = x0.to(x1.device), t.to(x1.device)
+    xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
+    return dict(x=xt, t=t, u=x1 - x0, y=labels.repeat(times), advantage=advantages.float().repeat(times))
+
+
+def ppo_loss(model, part, old, plan, cfg, clip):
+    """-min(ratio A, clip(ratio) A) per pair; clip in nats. Returns loss (b,), log-probabilities (b,), share clipped."""
+    v = velocity(model, part["x"], plan.t.to(part["x"].device)[part["k"]], part["y"], cfg).float()
+    log_p = log_prob(part["x_next"], *gaussian_step(plan, part["k"], part["x"], v))
+    log_ratio = log_p - (log_p.detach() if old is None else old)
+    ratio, bounded = log_ratio.exp(), log_ratio.clamp(-clip, clip).exp()
+    loss = -torch.minimum(ratio * part["advantage"], bounded * part["advantage"])
+    return loss, log_p.detach(), (log_ratio.abs() > clip).float().mean().item()
+
+
+def forward_loss(model, part, old, cfg, proximal):
+    """-A (u - v_old) . v + (b/2) |v - v_old|^2, mean over dimensions. Returns loss (b,), v_old, 0."""
+    v = velocity(model, part["x"], part["t"], part["y"], cfg).float()
+    old = v.detach() if old is None else old
+    pull = ((part["u"] - old) * v).flatten(1).mean(1)
+    return -part["advantage"] * pull + proximal / 2 * (v - old).square().flatten(1).mean(1), old, 0.0
+
+
+def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
+    """`epochs` Adam steps on the pairs; gradients are summed over micro-batches and averaged over ranks."""
+    n = len(pairs["y"])
+    parts = [{k: x[i:i + micro_batch] for k, x in pairs.items()} for i in range(0, n, micro_batch)]
+    old = [None] * len(parts)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        clipped = 0.0
+        for j, part in enumerate(parts):
+            with nullcontext() if j == len(parts) - 1 else ddp.no_sync():
+                loss, new_old, share = loss_of(ddp, part, old[j])
+                (loss.sum() * weight).backward()
+            old[j] = new_old if old[j] is None else old[j]
+            clipped += share / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), grad_clip).item()
+        if not math.isfinite(norm):
+            fail("the gradient is not finite; lower --lr or --noise", code=1)
+        optimizer.step()
+    return norm, clipped
+
+
+@torch.no_grad()
+def path_kl(model, states, velocities, labels, plan, cfg):
+    """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean over images, in nats."""
+    k = plan.noisy.to(states.device).repeat_interleave(states.shape[1])
+    x, y = states[plan.noisy].flatten(0, 1), labels.repeat(len(plan.noisy))
+    v = velocity(model, x, plan.t.to(x.device)[k], y, cfg).float()
+    change = (v - velocities[plan.noisy].flatten(0, 1)).flatten(1).square().sum(1)
+    kl = (plan.kappa.to(x.device)[k] * change).sum() / states.shape[1]
+    dist.all_reduce(kl)
+    return kl.item() / dist.get_world_size()
+
+
+# ---- Judging --------------------------------------------------------------------------------------------------------
+
+def table(before, after, floors):
+    """Lines for people: every row before and after on the same noise and labels."""
+    lines = [f"{'sampler':>12s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>18s} {'floor':>7s} {'down':>5s}"
+             f" {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
+    for b, a in zip(before, after):
+        floor = floors[b["features"]]
+        down, change = "", f"{a['fid'] - b['fid']:9.3f}"
+        if floor is not None:
+            down = f"{1 - (a['fid'] - floor) / (b['fid'] - floor):5.0%}"
+        if a["psi"] is not None and b["psi"] is not None:
+            labels = b["labels"]
+            se = standard_error(a["psi"] - b["psi"], labels) * math.sqrt(len(labels) / b["num"])
+            change += f" +- {se:.3f}"
+        both = [f"{b[k]:.3f} {a[k]:.3f}" if b[k] is not None else "-" for k in ("precision", "recall", "coverage")]
+        fd = [f"{r['fid']:.3f} +- {r['fid_se']:.3f}" if r["fid_se"] is not None else f"{r['fid']:.3f}" for r in (b, a)]
+        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>12s} {b['features']:8s} {fd[0]:>17s} {fd[1]:>17s} {change:>18s} "
+                     f"{'-' if floor is None else format(floor, '.3f'):>7s} {down:>5s} " + " ".join(f"{x:>13s}" for x in both))
+    return "\n".join(lines)
+
+
+def judge_model(model, nets, real, floors, samplers, num, c):
+    """Rows of the table: every (sampler, steps) judged in every net; and the first images of the first sampler."""
+    rows, images = [], None
+    for name, steps in samplers:
+        found = evaluate(model, nets, real, num, name, steps, c.noise, c.last, c.cfg, c.seed, "report", c.num_prdc,
+                         c.batch_size, keep=min(num, 200))
+        images = found["images"] if images is None else images
+        for net in nets:
+            row = found[net.name]
+            labels = torch.arange(len(row["kept"]), device=row["kept"].device) % model.num_classes
+            rows.append(dict(row, floor=floors[net.name], labels=labels))
+    return rows, images
+
+
+def check(c, world):
+    """Everything on the command line that cannot work, before anything is loaded."""
+    for name, choices in (("credit", ("image", "subset")), ("objective", ("ppo", "forward")),
+                          ("advantage", ("reward", "constant"))):
+        if c[name] not in choices:
+            fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
+    if c.batch % world:
+        fail(f"batch {c.batch} does not divide over {world} ranks; try {max(1, c.batch // world) * world}")
+    if c.credit == "subset" and (c.subset < 1 or c.batch % c.subset or c.batch == c.subset):
+        fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
+    if c.credit == "subset" and c.reference < c.subset:
+        fail(f"reference {c.reference} is smaller than subset {c.subset}")
+    if c.advantage == "constant" and c.objective == "ppo":
+        fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
+    for name in ("iters", "batch", "reference", "epochs", "batch_size", "micro_batch", "num_prdc"):
+        if c[name] < 1:
+            fail(f"{name} {c[name]}: needed is at least 1")
+    if not (0 <= c.memory < 1 and 0 < c.top <= 1 and 0 <= c.ema < 1 and c.lr > 0 and c.bound > 0 and c.clip > 0):
+        fail(f"memory {c.memory} and ema {c.ema} must lie in [0, 1), top {c.top} in (0, 1], "
+             f"lr {c.lr}, bound {c.bound} and clip {c.clip} above 0")
+
+
+def main(argv=None):
+    c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    rank, world, device = setup()
+    began = time.time()
+    check(c, world)
+    model = load(c.ckpt, device)
+    net, judges = feature_net(c.features), [feature_net(name) for name in c.judges]
+    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
+    if c.objective == "ppo" and not len(plan.noisy):
+        fail(f"{plan.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
+    params = [p for p in model.parameters() if p.requires_grad]
+    print0(f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters, images {model.shape}, {model.num_classes} classes; "
+           f"{c.iters} iterations of {c.batch} images ({c.batch // world} per rank, {plan.sampler}, {c.steps} steps), "
+           f"{c.times or len(plan.noisy)} times each, {c.credit} credit in {net.name} ({net.dim}-d)")
+
+    # Judge the base first: if the real data do not fit, better to know before training.
+    num_real = c.num_real if c.real == "tiny" else 0
+    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
+    if real_train.num and real_train.num <= net.dim:
+        fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", code=1)
+    samplers = [(c.sampler, c.steps), ("euler", c.steps)]
+    samplers = samplers + [(name, 5 * c.steps) for name, _ in samplers] if c.eval_full else samplers
+    if c.num:
+        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
+        floor_sets = {} if c.real.endswith(".npz") else real_summaries(c.real, judges, "floor", 1, c.num, device)
+        floors = {k: distance_to_root(f.mu, f.cov, real_report[k].mu, covariance_root(real_report[k].cov)).item()
+                  for k, f in floor_sets.items()}
+        floors = {j.name: floors.get(j.name) for j in judges}
+        before, images = judge_model(model, judges, real_report, floors, samplers, c.num, c)
+        if rank == 0:
+            save_grid(os.path.join(c.out, "before.png"), images)
+    print0(f"base judged after {time.time() - began:.0f} s; reference set next")
+
+    # The reference set is drawn by the base, with the first images of the training stream.
+    draw = lambda first, count: draw_features(model, net, first, count, plan, c.seed, c.cfg, c.batch_size, device)
+    drawn = c.reference
+    f, y = draw(0, c.reference)
+    reward_of = ImageCredit(f, y, real_train, c.memory) if c.credit == "image" else SubsetCredit(
+        f, y, real_train, c.subset, c.seed)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99))
+    average = copy.deepcopy(model)
+    if c.objective == "ppo":
+        loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.cfg, c.clip)
+    else:
+        loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
+    os.makedirs(c.out, exist_ok=True)
+    log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
+    phases, train_began = defaultdict(float), time.time()
+
+    for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0):
+        clock = [time.perf_counter()]
+        if c.credit == "subset" and c.refresh and it and it % c.refresh == 0:
+            f, y = draw(drawn, c.reference)
+            reward_of.push(f, y)
+            drawn += c.reference
+
+        # Every rank draws its share, and sees the features of all.
+        indices = torch.arange(drawn, drawn + c.batch)
+        labels = indices.to(device) % model.num_classes
+        mine = labels[rank::world]
+        states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.cfg, c.batch_size)
+        drawn += c.batch
+        clock.append(time.perf_counter())
+        f = gather(net(decode(model, states[-1])), c.batch)
+        advantages, reward = reward_of(f, labels, c.bound)
+        if c.advantage == "constant":
+            advantages = -torch.ones_like(advantages)
+        if c.top < 1:
+            weakest = advantages.abs().argsort(stable=True)[:int((1 - c.top) * c.batch)]
+            advantages[weakest] = 0.0
+        if c.credit == "subset" and not c.refresh:
+            reward_of.push(f, labels)
+        clock.append(time.perf_counter())
+
+        # All randomness of the update is drawn for the whole batch, so that it does not depend on the ranks.
+        rng = torch.Generator().manual_seed(image_seeds(c.seed, "select", [it])[0] % 2**63)
+        if c.objective == "ppo":
+            pairs = ppo_pairs(states, mine, advantages[rank::world], plan, c.times, rng, rank, world)
+        else:
+            pairs = forward_pairs(states, mine, advantages[rank::world], max(c.times, 1), rng, rank, world)
+        lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters) if c.cosine else 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        start = [p.detach().clone() for p in params]
+        norm, clipped = update(ddp, optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
+        clock.append(time.perf_counter())
+
+        # The guard: a path KL grows with the square of the step.
+        kl, halvings = None, 0
+        if len(plan.noisy):
+            probe = max(1, 64 // world)
+            kl = path_kl(model, states[:, :probe], velocities[:, :probe], mine[:probe], plan, c.cfg)
+            halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / c.kl_limit, 4)))
+            if halvings:
+                with torch.no_grad():
+                    torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
+        slow = [p for p in average.parameters() if p.requires_grad]
+        with torch.no_grad():
+            torch._foreach_lerp_(slow, params, 1 - min(c.ema, (1 + it) / (10 + it)))
+        clock.append(time.perf_counter())
+
+        seconds = dict(zip(("rollout", "reward", "update", "guard"), (b - a for a, b in zip(clock, clock[1:]))))
+        for phase, s in seconds.items():
+            phases[phase] += s
+        row = dict(it=it, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(), kl=kl,
+                   halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
+                   images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds)
+        if rank == 0:
+            log.write(dumps(row) + "\n")
+            log.flush()
+        if it % max(1, c.iters // 20) == 0 or it == c.iters - 1:
+            tqdm.write(f"{it:5d}  fd {row['fd']:8.3f}  reward {row['reward']:+.2e} +- {row['reward_std']:.1e}  "
+                       f"kl {-1 if kl is None else kl:.1e}  clipped {clipped:4.0%}  grad {norm:.1e}  "
+                       f"{row['images_per_second']:6.0f} images/s") if rank == 0 else None
+
+    train_seconds = time.time() - train_began
+    print0(f"{drawn} images in {train_seconds:.0f} s: " + ", ".join(
+        f"{phase} {s:.1f} s ({s / train_seconds:.1%})" for phase, s in phases.items()))
+    average.eval()
+    if rank == 0:
+        save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c), iters=c.iters)
+    if not c.num:
+        return
+    after, images = judge_model(average, judges, real_report, floors, samplers, c.num, c)
+    print0(table(before, after, floors))
+    parts = [row["kept"] for rows in (before, after) for row in rows if row["features"] == "factors"]
+    result = dict(before=[{k: r[k] for k in KEYS} for r in before], after=[{k: r[k] for k in KEYS} for r in after],
+                  seconds=time.time() - began, images=drawn)
+    if rank == 0:
+        save_grid(os.path.join(c.out, "after.png"), images)
+        if c.json:
+            with open(c.json, "w") as file:
+                file.write(dumps(result) + "\n")
+    b, a = before[0], after[0]
+    print0(f"FD in {b['features']} ({b['sampler']}, {b['steps']} steps, {c.num} images) {b['fid']:.3f} -> {a['fid']:.3f}; "
+           f"{time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
+
+
+KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall", "density",
+        "coverage")
+
+if __name__ == "__main__":
+    main()
