@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import (ASSETS, FeatureNet, configure, fail, gather, image_batches, load, print0, read_checkpoint, setup,
-                    tiny_images)
+from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, load, print0, read_checkpoint,
+                    setup, tiny_images)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds
+from sample import generate, image_seeds, schedule
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt file or the name of an asset; empty: the tiny base
@@ -73,7 +73,8 @@ class MeasuredFactors:
         brightness = ink.flatten(1).topk(10, dim=1).values.mean(1)
         red, green, blue = (x * ink[:, None]).sum((2, 3)).T / total
         hue = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
-        columns = [total / 10, cx / 1.2, cy / 1.2, spread / 0.4, brightness / 0.15, 1.4 * hue.cos(), 1.4 * hue.sin()]
+        columns = [(total - 32) / 16, (cx - 7.5) / 1.2, (cy - 7.5) / 1.2, (spread - 3.5) / 0.5,
+                   (brightness - 0.72) / 0.15, 1.4 * hue.cos(), 1.4 * hue.sin()]
         return torch.stack(columns, dim=1)
 
 
@@ -305,7 +306,11 @@ def main(argv=None):
     if c.num < 0 or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
         fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "
              "needed are at least 0, 10, 10 and 1")
+    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     net = feature_net(c.features)
+    model = None if c.images else load(c.ckpt, device)
+    if model:
+        check_classes(c.real, model.num_classes)
     real_set = real_summaries(c.real, [net], "all", c.num_prdc, c.num_real if c.real == "tiny" else 0, device)
     if c.stats:
         if rank == 0:
@@ -322,7 +327,7 @@ def main(argv=None):
         if fake.num < c.num:
             fail(f"{c.images} holds {fake.num} images, {c.num} are asked for; FID depends on the number", code=1)
     else:
-        row = evaluate(load(c.ckpt, device), [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
+        row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
                        c.cfg, c.seed, "report", c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")

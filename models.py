@@ -7,6 +7,7 @@ python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base fo
 
 Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (it costs a minute to warm up).
 """
+import atexit
 import colorsys
 import copy
 import difflib
@@ -376,6 +377,15 @@ def image_classes(path, names):
     return classes if len(classes) > 1 else [], torch.tensor([classes.index(f) for f in folders])
 
 
+def check_classes(real, num_classes):
+    """A folder with sub-folders must have as many as the model has classes; anything else has no classes to compare."""
+    if real != "tiny" and not real.endswith(".npz"):
+        classes, _ = image_classes(real, list_images(real)[0])
+        if classes and len(classes) != num_classes:
+            fail(f"{real} has {len(classes)} classes (sub-folders), the model {num_classes}; "
+                 f"make a base for it: python models.py --real {real} --out base.pt", code=1)
+
+
 def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
     """
     Yields images start, start + step, .. of a folder or zip (at most `limit`), short side resized to `size` and
@@ -458,7 +468,7 @@ def save(path, model, dtype=None, **extra):
 
 def fail(message, code=2):
     """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
     raise SystemExit(code)
 
 
@@ -531,6 +541,7 @@ def setup():
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -588,13 +599,15 @@ def main(argv=None):
     # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
     net = feature_net("tiny2", judge_path)
     judged = real_summaries(c.real, [net], "all", 1, 50_000 if c.real == "tiny" else 0)
-    num = 10_000 if c.real == "tiny" else 2_000
+    num = 10_000 if c.real == "tiny" else 1_000
     eighth = 0
 
     def snapshot(seen, averages):
         nonlocal eighth
         eighth += 1
         for std, model in averages.items():
+            if c.real != "tiny" and std != BASE_EMA:
+                continue
             row = evaluate(model, [net], judged, num, num_prdc=num, stream="select")["tiny2"]
             print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se']:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)

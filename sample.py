@@ -190,6 +190,7 @@ def save_grid(path, images, columns=20):
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     rank, world, device = setup()
+    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     model = load(c.ckpt, device)
     if c.num < 1 or c.batch_size < 1:
         fail(f"num {c.num} and batch_size {c.batch_size} must be at least 1")

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fid import evaluate, feature_net, histogram_distance, real_summaries
-from models import configure, fail, gather, load, print0, save, setup
+from models import check_classes, configure, fail, gather, load, print0, save, setup
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
 from sample import decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory, velocity
 
@@ -178,16 +178,16 @@ class SubsetCredit:
 
 def ppo_pairs(states, labels, advantages, plan, times, rng, rank, world):
     """
-    (image, step) pairs of this rank to train on: `times` random noisy steps of each image, of all images in turn so that
-    every step is trained equally often. A dict of tensors whose first axis is the pair.
+    (image, step) pairs of this rank to train on: `times` random noisy steps of each image (0: all). A dict of tensors
+    whose first axis is the pair.
     """
     n = states.shape[1]
     noisy = plan.noisy
     scores = torch.rand(n * world, len(noisy), generator=rng)[rank::world]      # the same for any number of ranks
-    k = noisy[scores.argsort(1)[:, :times or len(noisy)]].to(states.device)     # (n, times)
+    k = noisy[scores.argsort(1)[:, :times or len(noisy)]].to(states.device)     # (n, times), no step twice
     i = torch.arange(n, device=states.device)[:, None].expand_as(k)
     k, i = k.T.flatten(), i.T.flatten()
-    return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float(), image=i)
+    return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float())
 
 
 def forward_pairs(states, labels, advantages, times, rng, rank, world):
@@ -315,15 +315,18 @@ def main(argv=None):
     rank, world, device = setup()
     began = time.time()
     check(c, world)
+    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
+    schedule(c.sampler, c.steps, c.noise, c.last)
     model = load(c.ckpt, device)
     net, judges = feature_net(c.features), [feature_net(name) for name in c.judges]
-    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
     if c.objective == "ppo" and not len(plan.noisy):
         fail(f"{plan.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
     params = [p for p in model.parameters() if p.requires_grad]
     print0(f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters, images {model.shape}, {model.num_classes} classes; "
            f"{c.iters} iterations of {c.batch} images ({c.batch // world} per rank, {plan.sampler}, {c.steps} steps), "
            f"{c.times or len(plan.noisy)} times each, {c.credit} credit in {net.name} ({net.dim}-d)")
+
+    check_classes(c.real, model.num_classes)
 
     # Judge the base first: if the real data do not fit, better to know before training.
     num_real = c.num_real if c.real == "tiny" else 0
@@ -334,7 +337,7 @@ def main(argv=None):
     samplers = samplers + [(name, 5 * c.steps) for name, _ in samplers] if c.eval_full else samplers
     if c.num:
         real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
-        floor_sets = {} if c.real.endswith(".npz") else real_summaries(c.real, judges, "floor", 1, c.num, device)
+        floor_sets = {} if c.real.endswith(".npz") else real_summaries(c.real, judges, "floor", c.num_prdc, c.num, device)
         floors = {k: distance_to_root(f.mu, f.cov, real_report[k].mu, covariance_root(real_report[k].cov)).item()
                   for k, f in floor_sets.items()}
         floors = {j.name: floors.get(j.name) for j in judges}
@@ -350,6 +353,7 @@ def main(argv=None):
     reward_of = ImageCredit(f, y, real_train, c.memory) if c.credit == "image" else SubsetCredit(
         f, y, real_train, c.subset, c.seed)
     ddp = DistributedDataParallel(model)
+    ddp.num_classes = model.num_classes     # guidance asks for the null class
     optimizer = torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99))
     average = copy.deepcopy(model)
     if c.objective == "ppo":
@@ -435,7 +439,12 @@ def main(argv=None):
         return
     after, images = judge_model(average, judges, real_report, floors, samplers, c.num, c)
     print0(table(before, after, floors))
-    parts = [row["kept"] for rows in (before, after) for row in rows if row["features"] == "factors"]
+    for b, a in zip(before, after):
+        if b["features"] == "factors" and real_report["factors"].features is not None:
+            known = real_report["factors"].features
+            shift = [histogram_distance(known, x) for x in (b["kept"], a["kept"], floor_sets["factors"].features)]
+            print0(f"{b['sampler']}-{b['steps']}: histograms of the factors differ by {shift[0]:.4f} -> {shift[1]:.4f} "
+                   f"(real against real {shift[2]:.4f})")
     result = dict(before=[{k: r[k] for k in KEYS} for r in before], after=[{k: r[k] for k in KEYS} for r in after],
                   seconds=time.time() - began, images=drawn)
     if rank == 0:
