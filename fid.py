@@ -12,6 +12,8 @@ import math
 import os
 import sys
 import time
+import zipfile
+import zlib
 from json import dumps
 from typing import NamedTuple, Optional
 
@@ -20,8 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, load, print0, read_checkpoint,
-                    setup, tiny_images)
+from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, list_images, load,
+                    print0, read_checkpoint, setup, tiny_images, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
 from sample import generate, image_seeds, schedule
 
@@ -39,6 +41,7 @@ noise = 1.0 # noise level of the sampler
 last = 0.0 # length of its last step; 0: the form's own
 cfg = 1.0 # guidance scale
 seed = 0 # of the drawn images
+stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
 stats = "" # write the statistics of --real to this .npz and stop
 json = "" # also write the numbers to this file
@@ -78,8 +81,8 @@ class MeasuredFactors:
         return torch.stack(columns, dim=1)
 
 
-def feature_net(name, path=None):
-    """A callable uint8 images (N, 3, H, W) => float32 features (N, dim), with .name, .dim and .size (pixels, or None)."""
+def feature_net(name, path=None, device="cpu"):
+    """A callable uint8 images (N, 3, H, W) => float32 features (N, dim), with .name, .dim and .size (in pixels)."""
     if name == "pixels":
         return Pixels()
     if name == "factors":
@@ -88,14 +91,14 @@ def feature_net(name, path=None):
         parts = read_checkpoint(path or os.path.join(ASSETS, f"features-{name}.pt"))
         net = FeatureNet(name)
         net.load_state_dict({k: v.float() for k, v in parts["model"].items()})
-        return net.requires_grad_(False).eval()
+        return net.requires_grad_(False).eval().to(device)
     fail(f"unknown features {name!r}; choose tiny, tiny2, pixels or factors")
 
 
 # ---- Real data ------------------------------------------------------------------------------------------------------
 
 class Summary(NamedTuple):
-    """What a set of images leaves behind: moments of all, features and labels of the first few."""
+    """What a set of images leaves behind: moments of all, features of the first few."""
     num: int
     mu: torch.Tensor                        # (d,) float64
     cov: torch.Tensor                       # (d, d) float64
@@ -104,9 +107,10 @@ class Summary(NamedTuple):
 
 def real_batches(real, size, role, num):
     """
-    This rank's share (image i of rank i % world) of real images, as uint8 batches: num of the tiny world, at most num of
-    a folder (0: all). Roles never share an image: "train" for the reward, "report" for judging, "floor" for real against real. Of a folder these are the even
-    images, the odd ones and the even ones again; "all" is all of them.
+    This rank's share (image i of rank i % world) of real images, as uint8 batches: num of the tiny world, at most num
+    of a folder (0: all). What rewards and what judges share no image: "train" is for the reward, "report" for judging,
+    "floor" for real against real, "select" for choosing a base or a sampler. Of a folder "report" has the odd images,
+    "train" and "floor" the even ones, "all" and "select" all.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if real == "tiny":
@@ -115,7 +119,7 @@ def real_batches(real, size, role, num):
             part = mine[k:k + 1000]
             yield tiny_images(len(part), 0, "report" if role == "all" else role, part.start, world)[0]
     else:
-        offset, stride = {"all": (0, 1), "train": (0, 2), "floor": (0, 2), "report": (1, 2)}[role]
+        offset, stride = {"all": (0, 1), "select": (0, 1), "train": (0, 2), "floor": (0, 2), "report": (1, 2)}[role]
         limit = len(range(rank, num, world)) if num else 0
         yield from image_batches(real, size, offset + stride * rank, stride * world, limit)
 
@@ -141,6 +145,8 @@ def summarize(batches, nets, num_prdc, device="cpu"):
         for part in (weight, m.sum, m.outer):
             dist.all_reduce(part)
         m.weight, m.squares = weight.tolist()
+        if m.weight < 2:
+            fail(f"{int(m.weight)} images have no covariance; needed are at least 2, better {10 * len(m.sum)}", code=1)
         first = min(int(m.weight), num_prdc)
         features = torch.cat(kept[name])[:len(range(rank, first, world))]
         summaries[name] = Summary(int(m.weight), *m.gaussian(), gather(features, first))
@@ -150,35 +156,35 @@ def summarize(batches, nets, num_prdc, device="cpu"):
 def real_summaries(real, nets, role, num_prdc, num, device="cpu"):
     """{net.name: Summary} of real data: the tiny world, a folder, a zip, or an .npz of statistics (mu, sigma)."""
     if real.endswith(".npz"):
-        return {net.name: read_statistics(real, net) for net in nets}
+        return {net.name: read_statistics(real, net, device) for net in nets}
     size = next((net.size for net in nets if net.size), None)
     return summarize(real_batches(real, size, role, num), nets, num_prdc, device)
 
 
-def read_statistics(path, net):
+def read_statistics(path, net, device="cpu"):
     """Summary from an .npz with mu (d,) and sigma (d, d), as pytorch-fid, ADM and write_statistics leave it."""
     if not os.path.isfile(path):
         fail(f"no statistics {path!r}; needed: an .npz with mu and sigma")
     try:
         with np.load(path, allow_pickle=False) as f:
             stored = {k: f[k] for k in ("mu", "sigma", "features", "num") if k in f.files}
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         fail(f"{path} is not a readable .npz ({str(e)[:80]})", code=1)
     if "mu" not in stored or "sigma" not in stored:
         fail(f"{path} holds no statistics: mu and sigma are needed", code=1)
     mu, cov = torch.from_numpy(stored["mu"]).double(), torch.from_numpy(stored["sigma"]).double()
     name = str(stored.get("features", net.name))
     if name != net.name or mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
-        fail(f"{path} describes {len(mu)}-d features of {name}, but --features is {net.name} ({net.dim}-d)", code=1)
+        fail(f"{path} describes {len(mu)}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
     if not (mu.isfinite().all() and cov.isfinite().all()):
         fail(f"{path} holds NaN or infinite values", code=1)
-    return Summary(int(stored.get("num", 0)), mu, cov, None)
+    return Summary(int(stored.get("num", 0)), mu.to(device), cov.to(device), None)
 
 
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with open(path + ".part", "wb") as f:
-        np.savez(f, mu=summary.mu.numpy(), sigma=summary.cov.numpy(), num=summary.num, features=net.name)
+        np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name)
     os.replace(path + ".part", path)
 
 
@@ -224,14 +230,20 @@ def prdc(real, fake, k_precision=3, k_density=5):
 
 
 def histogram_distance(real, fake, bins=20):
-    """Total variation between histograms, mean over columns: (N, d), (M, d) => 0 (same) .. 1. Bins hold equal real mass."""
+    """Total variation between histograms, mean over columns: (N, d), (M, d) => 0 .. 1. Bins hold equal real mass."""
     cuts = torch.quantile(real, torch.linspace(0, 1, bins + 1)[1:-1].to(real), dim=0)       # (bins - 1, d)
 
     def shares(x):
-        places = torch.stack([torch.bucketize(x[:, j].contiguous(), cuts[:, j].contiguous()) for j in range(x.shape[1])])
+        columns = zip(x.T.contiguous(), cuts.T.contiguous())
+        places = torch.stack([torch.bucketize(column, edges) for column, edges in columns])  # (d, N)
         return torch.stack([(places == b).double().mean(1) for b in range(bins)])           # (bins, d)
 
     return (shares(real) - shares(fake)).abs().sum(0).mean().item() / 2
+
+
+def distance(fake, real):
+    """Frechet distance of two Summaries."""
+    return distance_to_root(fake.mu, fake.cov, real.mu, covariance_root(real.cov)).item()
 
 
 def judge(fake, real, labels=None):
@@ -240,10 +252,9 @@ def judge(fake, real, labels=None):
     they were drawn in equal numbers), kid, precision, recall, density, coverage; also psi, the first variation of the
     kept features. What needs real features is None if only statistics are known.
     """
-    root = covariance_root(real.cov)
-    row = dict(num=fake.num, fid=distance_to_root(fake.mu, fake.cov, real.mu, root).item(), fid_se=None, psi=None)
+    row = dict(num=fake.num, fid=distance(fake, real), fid_se=None, psi=None)
     try:
-        row["psi"] = influence(fake.features, fake.mu, fake.cov, real.mu, root)
+        row["psi"] = influence(fake.features, fake.mu, fake.cov, real.mu, covariance_root(real.cov))
         row["fid_se"] = standard_error(row["psi"], labels) * math.sqrt(len(row["psi"]) / fake.num)
     except ValueError:                      # singular covariances, like that of pixels that are always black
         pass
@@ -261,10 +272,13 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.0, last=0
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
     image i depends on (seed, stream, i) and its label i % classes alone.
-    Returns {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images" are the first `keep`.
+    Returns {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images": the first `keep`.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(model.parameters()).device
+    for net in nets:
+        if net.size and model.shape[-1] != net.size:
+            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {model.shape[-1]}")
     indices = torch.arange(num)[rank::world]
     labels = indices % model.num_classes
     batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, cfg, batch_size, noise, last)
@@ -287,31 +301,38 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.0, last=0
     return rows
 
 
-def npz_images(path, num):
+def npz_images(path, num, size):
     """uint8 batches of this rank's share of arr_0 (N, H, W, 3) in an .npz."""
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
         with np.load(path, allow_pickle=False) as f:
             array = f["arr_0"]
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         fail(f"{path} holds no images: arr_0 is needed, uint8 (N, H, W, 3) ({str(e)[:80]})", code=1)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        fail(f"{path}: arr_0 is {array.dtype} {array.shape}; needed is uint8 (N, H, W, 3)", code=1)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (size, size, 3):
+        fail(f"{path}: arr_0 is {array.dtype} {array.shape}; needed is uint8 (N, {size}, {size}, 3)", code=1)
+    if len(array) < max(num, 2 * world):
+        fail(f"{path} holds {len(array)} images, {max(num, 2 * world)} are needed; FID depends on the number", code=1)
     return torch.from_numpy(array[:num or None][rank::world]).permute(0, 3, 1, 2).split(250)
 
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     rank, world, device = setup()
-    if c.num < 0 or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
+    if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
         fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "
-             "needed are at least 0, 10, 10 and 1")
+             f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
+    if c.stream not in ("report", "select"):
+        fail(f"unknown stream {c.stream!r}; choose report or select")
     schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
-    net = feature_net(c.features)
+    for path in filter(None, (c.json, c.stats)):
+        writable(path)
+    net = feature_net(c.features, device=device)
     model = None if c.images else load(c.ckpt, device)
     if model:
         check_classes(c.real, model.num_classes)
-    real_set = real_summaries(c.real, [net], "all", c.num_prdc, c.num_real if c.real == "tiny" else 0, device)
+    role = "select" if c.stream == "select" else "all"
+    real_set = real_summaries(c.real, [net], role, c.num_prdc, c.num_real if c.real == "tiny" else 0, device)
     if c.stats:
         if rank == 0:
             write_statistics(c.stats, real_set[net.name], net)
@@ -320,15 +341,18 @@ def main(argv=None):
 
     began = time.time()
     if c.images:
-        batches = npz_images(c.images, c.num) if c.images.endswith(".npz") else image_batches(
-            c.images, net.size, rank, world, len(range(rank, c.num, world)) if c.num else 0)
+        if c.images.endswith(".npz"):
+            batches = npz_images(c.images, c.num, net.size)
+        else:
+            found = len(list_images(c.images)[0])
+            if found < c.num:
+                fail(f"{c.images} holds {found} images, {c.num} are asked for; FID depends on the number", code=1)
+            batches = image_batches(c.images, net.size, rank, world, len(range(rank, c.num, world)) if c.num else 0)
         fake = summarize(batches, [net], c.num_prdc, device)[net.name]
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
-        if fake.num < c.num:
-            fail(f"{c.images} holds {fake.num} images, {c.num} are asked for; FID depends on the number", code=1)
     else:
         row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
-                       c.cfg, c.seed, "report", c.num_prdc, c.batch_size)[net.name]
+                       c.cfg, c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
@@ -341,7 +365,8 @@ def main(argv=None):
     print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
            f"real: {c.real}; {time.time() - began:.0f} s)\n"
            f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
-           f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  (first {min(row['num'], c.num_prdc)})")
+           f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  "
+           f"(these on the first {min(row['num'], c.num_prdc)})")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ training of them all), loading and saving, and, in the last section, the plumbin
 python models.py                                                # make all of assets/ again (hours on two cores)
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
 
-Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (it costs a minute to warm up).
+Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (a minute to warm up).
 """
 import atexit
 import colorsys
@@ -19,6 +19,7 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from datetime import timedelta
 from functools import lru_cache
 
@@ -134,7 +135,7 @@ class FinalLayer(nn.Module):
 
 
 def position_table(width, grid):
-    """Sin-cos table (1, grid^2, width): the first half codes the column, the second the row; in a half sin, then cos."""
+    """Sin-cos table (1, grid^2, width): first half the column, second half the row; in each half sin, then cos."""
     freqs = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
     rows, columns = np.mgrid[:grid, :grid].reshape(2, -1, 1) * freqs
     table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
@@ -142,7 +143,7 @@ def position_table(width, grid):
 
 
 class SiT(nn.Module):
-    """Ma et al. 2024, with the official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
+    """Ma et al. 2024, with official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
     family = "sit"
 
     def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False):
@@ -169,7 +170,7 @@ class SiT(nn.Module):
 
 
 def init_sit(model):
-    """The official initialisation: Xavier everywhere, zero modulation and final layer, so that a block starts as identity."""
+    """The official initialisation: Xavier, zero modulation and final layer, so that a block starts as identity."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -188,7 +189,7 @@ def init_sit(model):
 # ---- The tiny world ------------------------------------------------------------------------------------------------
 
 # What an image is made for is part of its seed, so that training, selection and reporting never share an image.
-STREAMS = {"train": 0, "select": 1, "report": 2, "floor": 3, "features": 4, "features2": 5}
+STREAMS = {"train": 0, "select": 1, "report": 2, "floor": 3, "features": 4, "features2": 5, "update": 6}
 CLASSES = 10
 SIZE = 16
 FACTORS = {"size": (7.5, 11.5), "x": (5.5, 9.5), "y": (5.5, 9.5), "angle": (-25.0, 25.0), "stroke": (0, 3),
@@ -300,7 +301,7 @@ BASE_EMA = 0.05                 # the one that becomes the base
 
 
 def ema_exponent(std):
-    """gamma of the power-function average of relative width std: std^2 (g+2)^2 (g+3) = g+1. Karras et al. 2024, eq. 126."""
+    """gamma of the power-function average of relative width std: std^2 (g+2)^2 (g+3) = g+1 (Karras et al. 2024)."""
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
     return roots.real.max()
 
@@ -308,8 +309,8 @@ def ema_exponent(std):
 def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0.0):
     """
     Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`.
-    Two power-function averages of the weights are tracked; snapshot(images_seen, {std: model}) is called at every eighth
-    of the run. The rate falls as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
+    Two power-function averages of the weights are tracked; snapshot(images_seen, {std: model}) is called at every
+    eighth of the run. The rate falls as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
     """
     rng = torch.Generator().manual_seed(seed)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -399,7 +400,8 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
             try:
                 with opener(name) as f, Image.open(f) as image:
                     fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as e:
+            except (OSError, ValueError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile,
+                    Image.DecompressionBombError) as e:
                 fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
             batch.append(np.asarray(fitted).transpose(2, 0, 1))
         yield torch.from_numpy(np.stack(batch))
@@ -408,13 +410,14 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
 # ---- Load and save --------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is not a checkpoint."""
+    """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is no checkpoint."""
     if not os.path.isfile(path):
         fail(f"no checkpoint {path!r}; needed: a .pt file, or the name of one in {ASSETS}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        fail(f"{path} is not a PyTorch checkpoint ({str(e).splitlines()[0][:80]})", code=1)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+            OSError) as e:
+        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({type(e).__name__})", code=1)
 
 
 def load(path="", device="cpu"):
@@ -468,12 +471,15 @@ def save(path, model, dtype=None, **extra):
 
 def fail(message, code=2):
     """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
-    tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
+    if code == 1 or os.environ.get("RANK", "0") == "0":         # the command line is the same on all ranks
+        tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
     raise SystemExit(code)
 
 
 class Config(dict):
+    """Constants by name, config.lr, of which config.given were named on the command line."""
     __getattr__ = dict.__getitem__
+    given = ()
 
 
 def constants(namespace):
@@ -506,7 +512,7 @@ def configure(namespace, argv):
     """
     rows = constants(namespace)
     config = Config((name, default) for name, default, _ in rows)
-    words = list(argv)
+    words, named = list(argv), set()
     while words:
         key, given, value = words.pop(0).partition("=")
         if key in ("--help", "-h"):
@@ -519,6 +525,7 @@ def configure(namespace, argv):
             near = difflib.get_close_matches(name, config, 1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
             fail(f"{key!r} is not an option of {os.path.basename(namespace['__file__'])}; {hint}")
+        named.add(name)
         following = list(itertools.takewhile(lambda w: not w.startswith("--"), words))
         if isinstance(config[name], list):
             taken = value.split(",") if given else following
@@ -530,13 +537,27 @@ def configure(namespace, argv):
             fail(f"--{name} needs a value, like --{name}={config[name]}")
         else:
             config[name] = parse(name, config[name], value if given else words.pop(0))
+    config.given = named
+    if config.get("seed", 0) < 0:
+        fail(f"seed {config.seed}: needed is a number that is not negative")
     return config
+
+
+def writable(path):
+    """The folder of an output file, made now: better to know before the work than after it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        fail(f"cannot write {path}: needed is a file name in a folder that can be written to")
 
 
 def setup():
     """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         else:
@@ -574,6 +595,7 @@ def main(argv=None):
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
              "none may be negative, images and batch_size at least 1")
     setup()
+    writable(c.out if c.real != "tiny" else os.path.join(c.out, "sit-tiny.pt"))
 
     # The tiny world's base is judged by tiny2, so the feature networks come first.
     if c.real == "tiny" and c.only != "base":
@@ -592,13 +614,16 @@ def main(argv=None):
     else:
         path, judge_path, (names, _) = c.out, None, list_images(c.real)
         classes, y = image_classes(c.real, names)
-        x = torch.cat(list(tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch")))
+        batches = tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch")
+        x = torch.cat(list(batches))
     num_classes = len(classes) or int(y.max()) + 1
+    if len(x) < 2:
+        fail(f"{c.real} holds {len(x)} image; needed are at least 2", code=1)
     print(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes")
 
     # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
     net = feature_net("tiny2", judge_path)
-    judged = real_summaries(c.real, [net], "all", 1, 50_000 if c.real == "tiny" else 0)
+    judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
     num = 10_000 if c.real == "tiny" else 1_000
     eighth = 0
 
@@ -609,7 +634,7 @@ def main(argv=None):
             if c.real != "tiny" and std != BASE_EMA:
                 continue
             row = evaluate(model, [net], judged, num, num_prdc=num, stream="select")["tiny2"]
-            print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se']:.2f} "
+            print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se'] or math.nan:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
             if c.real == "tiny" and eighth % 2 == 0:
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)

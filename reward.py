@@ -12,7 +12,6 @@ All of it in float64: float32 eigenvalues give errors of 1e-3, as large as the r
 
 python reward.py                                                # checks and times itself
 """
-import math
 import sys
 import time
 
@@ -132,8 +131,11 @@ def standard_error(psi, labels=None):
     """
     if labels is None:
         return (psi.var() / len(psi)).sqrt().item()
-    within = sum((labels == k).sum() * psi[labels == k].var(correction=0) for k in labels.unique())
-    return (within / len(psi)**2).sqrt().item()
+    classes = labels.unique()
+    if len(psi) < 3 * len(classes):
+        return standard_error(psi)
+    squares = sum((psi[labels == k] - psi[labels == k].mean()).square().sum() for k in classes)
+    return (squares / (len(psi) - len(classes)) / len(psi)).sqrt().item()
 
 
 class ReferenceSet:

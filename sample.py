@@ -1,8 +1,8 @@
 """
 Draw images: from seeds and labels through a sampler to uint8.
 
-Every step of every sampler but Heun's is one Gaussian, mean = a x + c v and std, with numbers a, c, std that depend on the
-time alone: a table of them (`schedule`) is all that sampling, log-probabilities and the path KL need.
+Every step of every sampler but Heun's is one Gaussian, mean = a x + c v and std, with numbers a, c, std that depend on
+the time alone: a table of them (`schedule`) is all that sampling, log-probabilities and the path KL need.
 
 python sample.py                                                # 100 images of the tiny base as a grid
 python sample.py --ckpt SiT-XL-2-256.pt --num 50000 --sampler sigma --steps 250 --npz samples.npz
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from models import STREAMS, configure, fail, gather, load, print0, setup
+from models import STREAMS, configure, fail, gather, load, print0, setup, writable
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt file or the name of an asset; empty: the tiny base
@@ -51,7 +51,7 @@ FORMS = {
 
 
 class Schedule(NamedTuple):
-    """One row per step: x at t[k] becomes N(a[k] x + c[k] v, std[k]^2). Each (K,) float32; std 0 marks a noise-free step."""
+    """One row per step: x at t[k] becomes N(a[k] x + c[k] v, std[k]^2). Each (K,) float32; std 0: no noise."""
     sampler: str
     t: torch.Tensor
     a: torch.Tensor
@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
 
 def schedule(sampler, steps, noise=1.0, last=0.0):
     """
-    The table of a sampler. Times: linspace(0, 1 - last, steps), then 1, as in SiT; the step of length `last` has no noise.
+    The table of a sampler. Times: linspace(0, 1 - last, steps), then 1, as in SiT; the last step has no noise.
     With s = (t v - x) / (1 - t) a step x + dt (v + w s) is linear in x and v. SiT's forms keep w s in the last step
     ("Mean"); flow drops it, so that its last step is the clean estimate x + (1 - t) v.
     w is floored where it is singular: flow and sbdm see max(t, dt/2).
@@ -108,7 +108,7 @@ def log_prob(x, mean, std):
 
 
 def velocity(model, x, t, y, cfg=1.0, cfg_channels=0):
-    """Velocity (B, C, H, W) at times t (B,); guided: null + cfg (conditional - null), on the first channels or on all."""
+    """Velocity (B, C, H, W) at times t (B,); guided: null + cfg (conditional - null), on the first channels or all."""
     if cfg == 1.0:
         return model(x, t, y)
     null = torch.full_like(y, model.num_classes)
@@ -120,7 +120,10 @@ def velocity(model, x, t, y, cfg=1.0, cfg_channels=0):
 
 
 def image_seeds(seed, stream, indices):
-    """One 64-bit seed per image, hashed: neighbouring seeds or streams share no image."""
+    """
+    One seed per image, hashed, so that neighbouring seeds or streams share no image but by chance: torch's generator
+    uses 32 bits of it, which is one pair among 50,000 images in one run of four.
+    """
     key = STREAMS[stream]
     return [int(np.random.SeedSequence((seed, key, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
 
@@ -192,10 +195,13 @@ def main(argv=None):
     rank, world, device = setup()
     schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     model = load(c.ckpt, device)
-    if c.num < 1 or c.batch_size < 1:
-        fail(f"num {c.num} and batch_size {c.batch_size} must be at least 1")
+    if c.num < world or c.batch_size < 1:
+        fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
     if not -1 <= c.label < model.num_classes:
         fail(f"label {c.label}: the model has classes 0 to {model.num_classes - 1}")
+    writable(os.path.join(c.out, "grid.png"))
+    if c.npz:
+        writable(c.npz)
     indices = torch.arange(c.num)[rank::world]
     labels = indices % model.num_classes if c.label < 0 else torch.full_like(indices, c.label)
 

@@ -427,6 +427,12 @@ def test_advantages_are_centred_and_bounded():
     assert torch.allclose(few, train_rl.normalize(r[:20], None, 3.0)), "two images per class are no baseline"
 
 
+def test_selection_stays_centred():
+    a = torch.randn(100, generator=torch.Generator().manual_seed(8)).double().exp()
+    kept = train_rl.strongest(a - a.mean(), 0.25)
+    assert (kept != 0).sum() == 25 and abs(kept.sum()) < 1e-12
+
+
 def test_subset_credit_is_the_exact_gain_and_keeps_labels():
     rng = torch.Generator().manual_seed(7)
     f, y = torch.randn(200, 5, generator=rng), torch.arange(200) % 10
@@ -436,7 +442,7 @@ def test_subset_credit_is_the_exact_gain_and_keeps_labels():
     slots = credit.slots_like(labels[:20])
     assert torch.equal(y[slots], labels[:20]) and len(slots.unique()) == 20
     advantages, gains = credit(new, labels, 5.0)
-    assert len(gains) == 3 and all(len(a.unique()) == 1 for a in advantages.view(3, 20))
+    assert len(gains) == 3 and torch.equal(advantages.argsort(), gains.argsort())
     credit.push(new, labels)
     fresh = reward.ReferenceSet(torch.cat([new, f[60:]]), torch.zeros(5), torch.eye(5))
     assert abs(credit.fd - fresh.fd) < 1e-9, "the queue forgets the oldest"
@@ -533,7 +539,7 @@ def test_ema_exponents_golden():
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
-QUICK = ["--iters=2", "--batch=100", "--reference=200", "--num=200", "--num_real=300", "--num_prdc=50", "--steps=4"]
+QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300", "--num_prdc=50", "--steps=4"]
 
 
 def test_train_rl_as_typed(tmp_path):
@@ -544,7 +550,7 @@ def test_train_rl_as_typed(tmp_path):
     assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "images_per_second",
                                "seconds"} <= set(rows[0])
     result = json.load(open(tmp_path / "r.json"))
-    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 400
+    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 440
     first = result["after"][0]
     assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} <= set(first)
     assert (first["features"], first["sampler"], first["num"]) == ("tiny2", "flow", 200)
@@ -555,7 +561,7 @@ def test_train_rl_as_typed(tmp_path):
 
 @pytest.mark.parametrize("options", [
     ["--credit=subset", "--subset=10"], ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
-    ["--objective=forward", "--rollout=euler"], ["--objective=forward", "--rollout=euler", "--advantage=constant"],
+    ["--objective=forward", "--rollout=euler"], ["--objective=forward", "--rollout=euler", "--advantage=constant"], ["--top=0.3"],
     ["--epochs=2", "--times=0", "--cosine"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
     code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
@@ -616,16 +622,27 @@ def test_mistakes_end_in_one_line(tmp_path):
     few = make_folder(tmp_path / "few", 20, 0)
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "keys.npz", a=1)
+    np.savez(tmp_path / "big.npz", arr_0=np.zeros((40, 32, 32, 3), np.uint8))
+    nothing = tmp_path / "nothing.pt"
+    nothing.write_bytes(b"")
+    (tmp_path / "not.npz").write_bytes(b"PK\x03\x04 cut short")
     table = [
         (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"), (train_rl, ["stray"], 2, "stray"),
         (train_rl, ["--lr"], 2, "needs a value"), (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
         (train_rl, ["--credit=both"], 2, "image or subset"), (train_rl, ["--sampler=euler"], 2, "no noise"),
         (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
-        (train_rl, ["--advantage=constant"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 1"),
+        (train_rl, ["--advantage=constant"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
+        (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
+        (train_rl, ["--refresh=2"], 2, "does nothing"), (train_rl, ["--kl_limit=0"], 2, "more than 0"),
+        (train_rl, ["--num=0", "--json", tmp_path / "x"], 2, "--json"), (train_rl, ["--num=1"], 2, "at least 2"),
+        (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
+        (train_rl, ["--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
+        (fid, ["--real", nothing], 2, "neither"), (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
+        (fid, ["--images", tmp_path / "big.npz"], 1, "16, 16"),
         (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"), (train_rl, ["--ckpt", text], 1, "not a PyTorch"),
         (train_rl, ["--real", tmp_path / "none"], 2, "does not exist"), (train_rl, ["--real", empty], 1, "no image"),
         (train_rl, ["--real", broken], 1, "not a readable image"), (train_rl, ["--real", loose], 1, "beside"),
-        (train_rl, ["--real", few], 1, "need more than 64"), (train_rl, ["--real", tmp_path / "wrong.npz"], 1, "3-d"),
+        (train_rl, ["--real", few], 1, "need more than 64"), (train_rl, ["--real", tmp_path / "wrong.npz", "--judges=tiny"], 1, "3-d"),
         (sample, ["--sampler=ddim"], 2, "unknown sampler"), (sample, ["--label=10"], 2, "classes 0 to 9"),
         (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"), (sample, ["--noise=-1"], 2, "negative"),
         (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"), (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import evaluate, feature_net, histogram_distance, real_summaries
-from models import check_classes, configure, fail, gather, load, print0, save, setup
+from fid import distance, evaluate, feature_net, histogram_distance, real_summaries
+from models import check_classes, configure, fail, gather, load, print0, save, setup, writable
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
 from sample import decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory, velocity
 
@@ -53,15 +53,15 @@ credit = "image" # image: first variation of FD; subset: the exact gain of its s
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
-refresh = 0 # redraw the whole reference set every so many iterations; 0: a queue fed by the rollouts (credit=subset)
+refresh = 0 # redraw the whole reference set every so many iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
-top = 1.0 # train on this share of the images only, those with the largest absolute advantages
+top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
 objective = "ppo" # ppo: policy gradient through the noisy steps; forward: re-noised clean images, any sampler
-times = 2 # random steps (ppo) or re-noised times (forward) of each image that are trained on; 0: all noisy steps
+times = 2 # random steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
-clip = 0.2 # of the log-ratio, in nats; acts only if epochs > 1
+clip = 0.2 # of the log-ratio, in nats (objective=ppo, acts only if epochs > 1)
 proximal = 1.0 # weight of |v - v_old|^2 (objective=forward, acts only if epochs > 1)
 lr = 6e-5 # Adam
 beta1 = 0.5 # Adam's momentum
@@ -83,7 +83,10 @@ eval_full = False # also evaluate with 5 times the steps
 
 @torch.no_grad()
 def roll_out(model, indices, labels, plan, seed, cfg, batch_size):
-    """Images `indices` of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities (K, n, C, H, W)."""
+    """
+    Images `indices` (n,) of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities
+    (K, n, C, H, W) at their starts.
+    """
     seeds = image_seeds(seed, "train", indices)
     states, velocities = [], []
     for i in range(0, len(seeds), batch_size):
@@ -94,7 +97,7 @@ def roll_out(model, indices, labels, plan, seed, cfg, batch_size):
 
 
 def draw_features(model, net, first, count, plan, seed, cfg, batch_size, device):
-    """Features (count, d) of images first .. first + count - 1 of the training stream, on every rank, and their labels."""
+    """Features (count, d), on every rank, and labels of images first .. first + count - 1 of the training stream."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = torch.arange(first, first + count)[rank::world]
     kept = []
@@ -122,6 +125,14 @@ def normalize(reward, labels, bound):
     return scaled - scaled.mean()
 
 
+def strongest(advantages, top):
+    """Advantages (n,) of the share `top` with the largest absolute values, centred again; 0 for the rest."""
+    kept = advantages.abs().argsort(descending=True, stable=True)[:max(2, round(top * len(advantages)))]
+    selected = torch.zeros_like(advantages)
+    selected[kept] = advantages[kept] - advantages[kept].mean()
+    return selected
+
+
 class ImageCredit:
     """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
     def __init__(self, features, labels, real, memory):
@@ -130,7 +141,10 @@ class ImageCredit:
 
     def __call__(self, features, labels, bound):
         self.moments.fade(self.memory).add(features)
-        reward = -influence(features, *self.moments.gaussian(), self.real_mu, self.real_root)
+        try:
+            reward = -influence(features, *self.moments.gaussian(), self.real_mu, self.real_root)
+        except ValueError as e:
+            fail(f"{e}; raise --batch, or use --credit=subset", code=1)
         return normalize(reward, labels, bound), reward
 
     @property
@@ -139,7 +153,7 @@ class ImageCredit:
 
 
 class SubsetCredit:
-    """The paper's reward: the exact fall of FD when a subset replaces members of the reference set of the same labels."""
+    """The paper's reward: the exact fall of FD when a subset replaces reference images of the same labels."""
     def __init__(self, features, labels, real, subset, seed):
         self.reference, self.labels, self.subset = ReferenceSet(features, real.mu, real.cov), labels.cpu(), subset
         self.oldest, self.rng = 0, torch.Generator().manual_seed(seed)
@@ -155,10 +169,14 @@ class SubsetCredit:
         return slots
 
     def __call__(self, features, labels, bound):
-        groups = features.view(-1, self.subset, features.shape[1])
-        slots = torch.stack([self.slots_like(y) for y in labels.cpu().view(-1, self.subset)])
+        groups, group_labels = features.view(-1, self.subset, features.shape[1]), labels.cpu().view(-1, self.subset)
+        # Subsets of the same labels compete for the same members: what is removed then tells nothing about them.
+        if (group_labels == group_labels[0]).all():
+            slots = self.slots_like(group_labels[0])
+        else:
+            slots = torch.stack([self.slots_like(y) for y in group_labels])
         gains = self.reference.swap_gain(slots.to(features.device), groups)
-        return normalize(gains, None, bound).repeat_interleave(self.subset), gains
+        return normalize(gains, None, bound), gains
 
     def push(self, features, labels):
         """The queue: the new images take the places of the oldest members."""
@@ -243,49 +261,87 @@ def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_cli
 @torch.no_grad()
 def path_kl(model, states, velocities, labels, plan, cfg):
     """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean over images, in nats."""
-    k = plan.noisy.to(states.device).repeat_interleave(states.shape[1])
-    x, y = states[plan.noisy].flatten(0, 1), labels.repeat(len(plan.noisy))
-    v = velocity(model, x, plan.t.to(x.device)[k], y, cfg).float()
-    change = (v - velocities[plan.noisy].flatten(0, 1)).flatten(1).square().sum(1)
-    kl = (plan.kappa.to(x.device)[k] * change).sum() / states.shape[1]
+    kl = torch.zeros((), device=states.device)
+    for k in plan.noisy.tolist():
+        t = torch.full((states.shape[1],), plan.t[k].item(), device=states.device)
+        change = velocity(model, states[k], t, labels, cfg).float() - velocities[k]
+        kl += plan.kappa[k].item() * change.square().sum() / states.shape[1]
     dist.all_reduce(kl)
     return kl.item() / dist.get_world_size()
 
 
+@torch.no_grad()
+def guard(model, params, start, probe, plan, cfg, kl_limit):
+    """
+    Take the step from `start` to the present params back, by halves, until its path KL is within the limit; it grows
+    with the square of the step. Returns the KL of what is left, in nats (None without noise), and the halvings.
+    """
+    if not len(plan.noisy):
+        return None, 0
+    kl = path_kl(model, *probe, plan, cfg)
+    if not math.isfinite(kl):
+        fail("the path KL is not finite: the run diverged; lower --lr or --kl_limit", code=1)
+    halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / kl_limit, 4)))
+    if halvings:
+        torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
+    return kl / 4**halvings, halvings
+
+
 # ---- Judging --------------------------------------------------------------------------------------------------------
 
-def table(before, after, floors):
-    """Lines for people: every row before and after on the same noise and labels."""
-    lines = [f"{'sampler':>12s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>18s} {'floor':>7s} {'down':>5s}"
-             f" {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
+KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall", "density",
+        "coverage")
+
+
+def judge_model(model, nets, real, floors, samplers, c):
+    """Rows of the table, every (sampler, steps) judged in every net, and the first images of the first sampler."""
+    rows, images = [], None
+    for name, steps in samplers:
+        last = c.last * c.steps / steps if name == c.sampler else 0.0       # its grid was chosen for the first row
+        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.cfg, c.seed, "report", c.num_prdc,
+                         c.batch_size, keep=min(c.num, 200))
+        images = found["images"] if images is None else images
+        for net in nets:
+            labels = torch.arange(len(found[net.name]["kept"]), device=images.device) % model.num_classes
+            rows.append(dict(found[net.name], floor=floors[net.name], labels=labels))
+    return rows, images
+
+
+def table(before, after):
+    """Lines for people: every row before and after, on the same noise and labels; +- is one standard error."""
+    lines = [f"{'sampler':>9s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>17s} {'floor':>7s} "
+             f"{'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
+
+    def with_error(value, error):
+        return f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
+
     for b, a in zip(before, after):
-        floor = floors[b["features"]]
-        down, change = "", f"{a['fid'] - b['fid']:9.3f}"
-        if floor is not None:
-            down = f"{1 - (a['fid'] - floor) / (b['fid'] - floor):5.0%}"
-        if a["psi"] is not None and b["psi"] is not None:
-            labels = b["labels"]
-            se = standard_error(a["psi"] - b["psi"], labels) * math.sqrt(len(labels) / b["num"])
-            change += f" +- {se:.3f}"
-        both = [f"{b[k]:.3f} {a[k]:.3f}" if b[k] is not None else "-" for k in ("precision", "recall", "coverage")]
-        fd = [f"{r['fid']:.3f} +- {r['fid_se']:.3f}" if r["fid_se"] is not None else f"{r['fid']:.3f}" for r in (b, a)]
-        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>12s} {b['features']:8s} {fd[0]:>17s} {fd[1]:>17s} {change:>18s} "
-                     f"{'-' if floor is None else format(floor, '.3f'):>7s} {down:>5s} " + " ".join(f"{x:>13s}" for x in both))
+        paired = None
+        if b["psi"] is not None and a["psi"] is not None:
+            paired = standard_error(a["psi"] - b["psi"], b["labels"]) * math.sqrt(len(b["psi"]) / b["num"])
+        floor, down = "-", "-"
+        if b["floor"] is not None and b["fid"] > b["floor"]:
+            floor, down = f"{b['floor']:.3f}", f"{1 - (a['fid'] - b['floor']) / (b['fid'] - b['floor']):.0%}"
+        both = ["-" if b[k] is None else f"{b[k]:.3f} {a[k]:.3f}" for k in ("precision", "recall", "coverage")]
+        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>9s} {b['features']:8s} "
+                     f"{with_error(b['fid'], b['fid_se']):>17s} {with_error(a['fid'], a['fid_se']):>17s} "
+                     f"{with_error(a['fid'] - b['fid'], paired):>17s} {floor:>7s} {down:>5s} "
+                     + " ".join(f"{x:>13s}" for x in both))
     return "\n".join(lines)
 
 
-def judge_model(model, nets, real, floors, samplers, num, c):
-    """Rows of the table: every (sampler, steps) judged in every net; and the first images of the first sampler."""
-    rows, images = [], None
-    for name, steps in samplers:
-        found = evaluate(model, nets, real, num, name, steps, c.noise, c.last, c.cfg, c.seed, "report", c.num_prdc,
-                         c.batch_size, keep=min(num, 200))
-        images = found["images"] if images is None else images
-        for net in nets:
-            row = found[net.name]
-            labels = torch.arange(len(row["kept"]), device=row["kept"].device) % model.num_classes
-            rows.append(dict(row, floor=floors[net.name], labels=labels))
-    return rows, images
+def histograms(before, after, real, floor):
+    """Lines for the views that no network learned: KID on raw pixels, histograms of the measured factors."""
+    lines = []
+    for b, a in zip(before, after):
+        name = f"{b['sampler']}-{b['steps']}"
+        if b["features"] == "pixels" and b["kid"] is not None:
+            lines.append(f"{name}: KID on raw pixels {b['kid']:.4f} -> {a['kid']:.4f}")
+        if b["features"] == "factors" and floor:
+            known = real["factors"].features
+            b, a, f = (histogram_distance(known, x) for x in (b["kept"], a["kept"], floor["factors"].features))
+            lines.append(f"{name}: histograms of the factors differ from real by {b:.4f} -> {a:.4f} (floor {f:.4f})")
+    return "".join(line + "\n" for line in lines)
 
 
 def check(c, world):
@@ -302,73 +358,66 @@ def check(c, world):
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
     if c.advantage == "constant" and c.objective == "ppo":
         fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
-    for name in ("iters", "batch", "reference", "epochs", "batch_size", "micro_batch", "num_prdc"):
-        if c[name] < 1:
-            fail(f"{name} {c[name]}: needed is at least 1")
-    if not (0 <= c.memory < 1 and 0 < c.top <= 1 and 0 <= c.ema < 1 and c.lr > 0 and c.bound > 0 and c.clip > 0):
-        fail(f"memory {c.memory} and ema {c.ema} must lie in [0, 1), top {c.top} in (0, 1], "
-             f"lr {c.lr}, bound {c.bound} and clip {c.clip} above 0")
+    for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, refresh=0,
+                            times=int(c.objective == "forward"), batch=2 * world, reference=2 * world).items():
+        if c[name] < least:
+            fail(f"{name} {c[name]}: needed is at least {least}")
+    if c.num and c.num < 2 * world:
+        fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
+    if not (0 <= c.memory < 1 and 0 < c.top <= 1 and 0 <= c.ema < 1 and 0 <= c.beta1 < 1):
+        fail(f"memory {c.memory}, ema {c.ema} and beta1 {c.beta1} must lie in [0, 1), top {c.top} in (0, 1]")
+    for name in ("lr", "bound", "clip", "kl_limit", "grad_clip"):
+        if c[name] <= 0:
+            fail(f"{name} {c[name]}: needed is more than 0")
+    if not c.judges or len(set(c.judges)) < len(c.judges):
+        fail(f"judges {c.judges}: needed are different feature networks, at least one")
+    if c.real.endswith(".npz") and c.num and c.judges != [c.features]:
+        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
+    if c.json and not c.num:
+        fail("--json writes the table before / after, and with --num=0 there is none")
+    # An option that would do nothing is a mistake too.
+    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",), "objective=ppo": ("proximal",),
+            "objective=forward": ("clip",)}
+    for where in (f"credit={c.credit}", f"objective={c.objective}"):
+        for name in set(idle[where]) & set(c.given):
+            fail(f"--{name} does nothing with --{where}; leave it out")
+    for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
+        writable(path)
 
 
-def main(argv=None):
-    c = configure(globals(), sys.argv[1:] if argv is None else argv)
-    rank, world, device = setup()
-    began = time.time()
-    check(c, world)
-    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
-    schedule(c.sampler, c.steps, c.noise, c.last)
-    model = load(c.ckpt, device)
-    net, judges = feature_net(c.features), [feature_net(name) for name in c.judges]
-    if c.objective == "ppo" and not len(plan.noisy):
-        fail(f"{plan.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
-    params = [p for p in model.parameters() if p.requires_grad]
-    print0(f"{sum(p.numel() for p in params) / 1e6:.2f} M parameters, images {model.shape}, {model.num_classes} classes; "
-           f"{c.iters} iterations of {c.batch} images ({c.batch // world} per rank, {plan.sampler}, {c.steps} steps), "
-           f"{c.times or len(plan.noisy)} times each, {c.credit} credit in {net.name} ({net.dim}-d)")
-
-    check_classes(c.real, model.num_classes)
-
-    # Judge the base first: if the real data do not fit, better to know before training.
-    num_real = c.num_real if c.real == "tiny" else 0
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
-    if real_train.num and real_train.num <= net.dim:
-        fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", code=1)
-    samplers = [(c.sampler, c.steps), ("euler", c.steps)]
-    samplers = samplers + [(name, 5 * c.steps) for name, _ in samplers] if c.eval_full else samplers
-    if c.num:
-        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
-        floor_sets = {} if c.real.endswith(".npz") else real_summaries(c.real, judges, "floor", c.num_prdc, c.num, device)
-        floors = {k: distance_to_root(f.mu, f.cov, real_report[k].mu, covariance_root(real_report[k].cov)).item()
-                  for k, f in floor_sets.items()}
-        floors = {j.name: floors.get(j.name) for j in judges}
-        before, images = judge_model(model, judges, real_report, floors, samplers, c.num, c)
-        if rank == 0:
-            save_grid(os.path.join(c.out, "before.png"), images)
-    print0(f"base judged after {time.time() - began:.0f} s; reference set next")
+def train(c, model, net, real, plan):
+    """
+    The iterations: fine-tunes `model` in place and writes OUT/log.jsonl. Returns the average of its weights (a model),
+    the number of images drawn, and the seconds spent by phase.
+    """
+    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    draw = lambda first: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
 
     # The reference set is drawn by the base, with the first images of the training stream.
-    draw = lambda first, count: draw_features(model, net, first, count, plan, c.seed, c.cfg, c.batch_size, device)
+    features, labels = draw(0)
     drawn = c.reference
-    f, y = draw(0, c.reference)
-    reward_of = ImageCredit(f, y, real_train, c.memory) if c.credit == "image" else SubsetCredit(
-        f, y, real_train, c.subset, c.seed)
+    if c.credit == "image":
+        reward_of = ImageCredit(features, labels, real, c.memory)
+    else:
+        reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
     ddp = DistributedDataParallel(model)
     ddp.num_classes = model.num_classes     # guidance asks for the null class
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99))
     average = copy.deepcopy(model)
+    average_params = [p for p in average.parameters() if p.requires_grad]
     if c.objective == "ppo":
         loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.cfg, c.clip)
     else:
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
     os.makedirs(c.out, exist_ok=True)
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
-    phases, train_began = defaultdict(float), time.time()
+    phases = defaultdict(float)
 
     for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0):
         clock = [time.perf_counter()]
         if c.credit == "subset" and c.refresh and it and it % c.refresh == 0:
-            f, y = draw(drawn, c.reference)
-            reward_of.push(f, y)
+            reward_of.push(*draw(drawn))
             drawn += c.reference
 
         # Every rank draws its share, and sees the features of all.
@@ -378,19 +427,19 @@ def main(argv=None):
         states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.cfg, c.batch_size)
         drawn += c.batch
         clock.append(time.perf_counter())
-        f = gather(net(decode(model, states[-1])), c.batch)
-        advantages, reward = reward_of(f, labels, c.bound)
+        features = gather(net(decode(model, states[-1])), c.batch)
+        advantages, reward = reward_of(features, labels, c.bound)
+        if c.top < 1:
+            advantages = strongest(advantages, c.top)
+        advantages = advantages.repeat_interleave(c.batch // len(advantages))       # a subset's images share its gain
         if c.advantage == "constant":
             advantages = -torch.ones_like(advantages)
-        if c.top < 1:
-            weakest = advantages.abs().argsort(stable=True)[:int((1 - c.top) * c.batch)]
-            advantages[weakest] = 0.0
         if c.credit == "subset" and not c.refresh:
-            reward_of.push(f, labels)
+            reward_of.push(features, labels)
         clock.append(time.perf_counter())
 
         # All randomness of the update is drawn for the whole batch, so that it does not depend on the ranks.
-        rng = torch.Generator().manual_seed(image_seeds(c.seed, "select", [it])[0] % 2**63)
+        rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
         if c.objective == "ppo":
             pairs = ppo_pairs(states, mine, advantages[rank::world], plan, c.times, rng, rank, world)
         else:
@@ -401,18 +450,11 @@ def main(argv=None):
         norm, clipped = update(ddp, optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
         clock.append(time.perf_counter())
 
-        # The guard: a path KL grows with the square of the step.
-        kl, halvings = None, 0
-        if len(plan.noisy):
-            probe = max(1, 64 // world)
-            kl = path_kl(model, states[:, :probe], velocities[:, :probe], mine[:probe], plan, c.cfg)
-            halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / c.kl_limit, 4)))
-            if halvings:
-                with torch.no_grad():
-                    torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
-        slow = [p for p in average.parameters() if p.requires_grad]
+        few = max(1, 64 // world)
+        probe = states[:, :few], velocities[:, :few], mine[:few]
+        kl, halvings = guard(model, params, start, probe, plan, c.cfg, c.kl_limit)
         with torch.no_grad():
-            torch._foreach_lerp_(slow, params, 1 - min(c.ema, (1 + it) / (10 + it)))
+            torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
         clock.append(time.perf_counter())
 
         seconds = dict(zip(("rollout", "reward", "update", "guard"), (b - a for a, b in zip(clock, clock[1:]))))
@@ -421,44 +463,82 @@ def main(argv=None):
         row = dict(it=it, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(), kl=kl,
                    halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
                    images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds)
-        if rank == 0:
-            log.write(dumps(row) + "\n")
-            log.flush()
-        if it % max(1, c.iters // 20) == 0 or it == c.iters - 1:
-            tqdm.write(f"{it:5d}  fd {row['fd']:8.3f}  reward {row['reward']:+.2e} +- {row['reward_std']:.1e}  "
-                       f"kl {-1 if kl is None else kl:.1e}  clipped {clipped:4.0%}  grad {norm:.1e}  "
-                       f"{row['images_per_second']:6.0f} images/s") if rank == 0 else None
+        report(row, log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1)
+    return average.eval(), drawn, phases
 
-    train_seconds = time.time() - train_began
-    print0(f"{drawn} images in {train_seconds:.0f} s: " + ", ".join(
-        f"{phase} {s:.1f} s ({s / train_seconds:.1%})" for phase, s in phases.items()))
-    average.eval()
-    if rank == 0:
-        save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c), iters=c.iters)
-    if not c.num:
+
+def report(row, log, show):
+    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file."""
+    if log is None:
         return
-    after, images = judge_model(average, judges, real_report, floors, samplers, c.num, c)
-    print0(table(before, after, floors))
-    for b, a in zip(before, after):
-        if b["features"] == "factors" and real_report["factors"].features is not None:
-            known = real_report["factors"].features
-            shift = [histogram_distance(known, x) for x in (b["kept"], a["kept"], floor_sets["factors"].features)]
-            print0(f"{b['sampler']}-{b['steps']}: histograms of the factors differ by {shift[0]:.4f} -> {shift[1]:.4f} "
-                   f"(real against real {shift[2]:.4f})")
-    result = dict(before=[{k: r[k] for k in KEYS} for r in before], after=[{k: r[k] for k in KEYS} for r in after],
-                  seconds=time.time() - began, images=drawn)
+    log.write(dumps(row) + "\n")
+    log.flush()
+    if show:
+        kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
+        tqdm.write(f"{row['it']:5d}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} +- {row['reward_std']:.1e}  "
+                   f"kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
+                   f"{row['images_per_second']:6.0f} images/s")
+
+
+def main(argv=None):
+    c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    rank, world, device = setup()
+    began = time.time()
+    check(c, world)
+    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
+    schedule(c.sampler, c.steps, c.noise, c.last)
+    if c.objective == "ppo" and not len(plan.noisy):
+        fail(f"{plan.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
+    model = load(c.ckpt, device)
+    check_classes(c.real, model.num_classes)
+    net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
+    print0(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
+           f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images ({c.batch // world} per rank, "
+           f"{plan.sampler}, {c.steps} steps, {c.times or len(plan.noisy)} of them trained), "
+           f"{c.credit} credit in {net.name} ({net.dim}-d)")
+
+    # Judge the base first: if the real data do not fit, better to know before training.
+    num_real = c.num_real if c.real == "tiny" else 0
+    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
+    if real_train.num and real_train.num <= net.dim:
+        fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", 1)
+    if c.num:
+        samplers = [(c.sampler, c.steps), ("euler", c.steps)]
+        samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
+        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
+        real_floor = {} if c.real.endswith(".npz") else real_summaries(
+            c.real, judges, "floor", c.num_prdc, c.num, device)
+        floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
+        if real_floor and real_floor[judges[0].name].num < c.num:
+            print0(f"note: no floor, as {c.real} has {real_floor[judges[0].name].num} real images for it, not {c.num}")
+            floors = dict.fromkeys(floors)
+        before, images = judge_model(model, judges, real_report, floors, samplers, c)
+        if rank == 0:
+            save_grid(os.path.join(c.out, "before.png"), images)
+        print0(f"base judged after {time.time() - began:.0f} s")
+
+    train_began = time.time()
+    average, drawn, phases = train(c, model, net, real_train, plan)
+    if rank == 0:
+        save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c))
+    print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
+        f"{phase} {s:.1f} s ({s / sum(phases.values()):.1%})" for phase, s in phases.items()))
+    if not c.num:
+        print0(f"wrote {os.path.join(c.out, 'ckpt.pt')} and log.jsonl")
+        return
+
+    after, images = judge_model(average, judges, real_report, floors, samplers, c)
+    print0(table(before, after) + "\n" + histograms(before, after, real_report, real_floor).rstrip())
     if rank == 0:
         save_grid(os.path.join(c.out, "after.png"), images)
         if c.json:
-            with open(c.json, "w") as file:
-                file.write(dumps(result) + "\n")
+            keep = lambda rows: [{k: row[k] for k in KEYS} for row in rows]
+            with open(c.json, "w") as f:
+                f.write(dumps(dict(before=keep(before), after=keep(after), seconds=time.time() - began, images=drawn)))
     b, a = before[0], after[0]
-    print0(f"FD in {b['features']} ({b['sampler']}, {b['steps']} steps, {c.num} images) {b['fid']:.3f} -> {a['fid']:.3f}; "
-           f"{time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
+    print0(f"FD {b['fid']:.3f} -> {a['fid']:.3f} ({b['features']}, {b['sampler']}, {b['steps']} steps, {c.num} images) "
+           f"in {time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
 
-
-KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall", "density",
-        "coverage")
 
 if __name__ == "__main__":
     main()
