@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from json import dumps
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from tqdm import tqdm
 from fid import distance, evaluate, feature_net, histogram_distance, real_summaries
 from models import check_classes, configure, fail, gather, load, print0, save, setup, writable
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
-from sample import decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory, velocity
+from sample import (Schedule, decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory,
+                    velocity)
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt file or the name of an asset; empty: the tiny base
@@ -45,7 +47,7 @@ steps = 10 # of the sampler
 noise = 1.0 # its noise level
 last = 0.0 # length of its last step; 0: the form's own
 cfg = 1.0 # guidance scale
-rollout = "" # another sampler for the rollouts only, for example euler with --objective=forward; empty: sampler
+rollout = "euler" # sampler of the forward objective's rollouts
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
 features = "tiny" # feature network of the reward
@@ -58,16 +60,17 @@ advantage = "reward" # reward; constant: -1 for every image, the reward-free con
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-objective = "ppo" # ppo: policy gradient through the noisy steps; forward: re-noised clean images, any sampler
-times = 2 # random steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
+objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
+times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
-clip = 0.2 # of the log-ratio, in nats (objective=ppo, acts only if epochs > 1)
-proximal = 1.0 # weight of |v - v_old|^2 (objective=forward, acts only if epochs > 1)
-lr = 6e-5 # Adam
+clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
+proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
+lr = 1e-4 # Adam, ppo; most of its steps are cut by kl_limit
+lr_forward = 3e-5 # Adam, forward
 beta1 = 0.5 # Adam's momentum
 cosine = False # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
-kl_limit = 0.1 # nats per iteration and image; a longer step is halved until it fits
+kl_limit = 0.1 # ppo: nats per iteration and image; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 # how it is judged
@@ -135,7 +138,7 @@ def strongest(advantages, top):
 
 class ImageCredit:
     """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
-    def __init__(self, features, labels, real, memory):
+    def __init__(self, features, real, memory):
         self.real_mu, self.real_root, self.memory = real.mu, covariance_root(real.cov), memory
         self.moments = Moments(features.shape[1], features.device).add(features)
 
@@ -190,6 +193,15 @@ class SubsetCredit:
     @property
     def fd(self):
         return self.reference.fd
+
+
+def advantages_of(reward_of, features, labels, c):
+    """Advantages (n,) of the rollout's images, and the rewards behind them: per image, or per subset."""
+    advantages, reward = reward_of(features, labels, c.bound)
+    if c.top < 1:
+        advantages = strongest(advantages, c.top)
+    advantages = advantages.repeat_interleave(len(features) // len(advantages))     # a subset's images share its gain
+    return -torch.ones_like(advantages) if c.advantage == "constant" else advantages, reward
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ def histograms(before, after, real, floor):
 
 def check(c, world):
     """Everything on the command line that cannot work, before anything is loaded."""
-    for name, choices in (("credit", ("image", "subset")), ("objective", ("ppo", "forward")),
+    for name, choices in (("credit", ("image", "subset")), ("objective", ("ppo", "forward", "both")),
                           ("advantage", ("reward", "constant"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
@@ -356,10 +368,10 @@ def check(c, world):
         fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
     if c.credit == "subset" and c.reference < c.subset:
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
-    if c.advantage == "constant" and c.objective == "ppo":
+    if c.advantage == "constant" and c.objective != "forward":
         fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
     for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, refresh=0,
-                            times=int(c.objective == "forward"), batch=2 * world, reference=2 * world).items():
+                            times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
@@ -376,48 +388,55 @@ def check(c, world):
     if c.json and not c.num:
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
-    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",), "objective=ppo": ("proximal",),
-            "objective=forward": ("clip",)}
+    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",),
+            "objective=ppo": ("proximal", "lr_forward", "rollout"), "objective=forward": ("clip", "lr", "kl_limit")}
     for where in (f"credit={c.credit}", f"objective={c.objective}"):
-        for name in set(idle[where]) & set(c.given):
+        for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
         writable(path)
 
 
-def train(c, model, net, real, plan):
+class Course(NamedTuple):
+    """What an iteration does: its objective, the sampler of its rollouts, and the state that belongs to both."""
+    objective: str
+    plan: Schedule
+    reward_of: object                       # ImageCredit or SubsetCredit: each sampler has its own reference set
+    optimizer: torch.optim.Adam
+
+
+def train(c, model, net, real, plans):
     """
-    The iterations: fine-tunes `model` in place and writes OUT/log.jsonl. Returns the average of its weights (a model),
-    the number of images drawn, and the seconds spent by phase.
+    The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
+    OUT/log.jsonl. Returns the average of its weights (a model), the images drawn, and the seconds spent by phase.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    draw = lambda first: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
-
-    # The reference set is drawn by the base, with the first images of the training stream.
-    features, labels = draw(0)
-    drawn = c.reference
-    if c.credit == "image":
-        reward_of = ImageCredit(features, labels, real, c.memory)
-    else:
-        reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
+    draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
     ddp = DistributedDataParallel(model)
     ddp.num_classes = model.num_classes     # guidance asks for the null class
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99))
+
+    # The reference sets are drawn by the base, with the first images of the training stream.
+    drawn, courses = 0, []
+    for objective, plan in plans.items():
+        features, labels = draw(drawn, plan)
+        drawn += c.reference
+        courses.append(Course(
+            objective, plan,
+            ImageCredit(features, real, c.memory) if c.credit == "image" else
+            SubsetCredit(features, labels, real, c.subset, c.seed),
+            torch.optim.Adam(params, lr=c.lr if objective == "ppo" else c.lr_forward, betas=(c.beta1, 0.99))))
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
-    if c.objective == "ppo":
-        loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.cfg, c.clip)
-    else:
-        loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
-    os.makedirs(c.out, exist_ok=True)
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
     phases = defaultdict(float)
 
     for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0):
         clock = [time.perf_counter()]
-        if c.credit == "subset" and c.refresh and it and it % c.refresh == 0:
-            reward_of.push(*draw(drawn))
+        objective, plan, reward_of, optimizer = courses[it % len(courses)]
+        turn = it // len(courses)
+        if c.credit == "subset" and c.refresh and turn and turn % c.refresh == 0:
+            reward_of.push(*draw(drawn, plan))
             drawn += c.reference
 
         # Every rank draws its share, and sees the features of all.
@@ -428,23 +447,21 @@ def train(c, model, net, real, plan):
         drawn += c.batch
         clock.append(time.perf_counter())
         features = gather(net(decode(model, states[-1])), c.batch)
-        advantages, reward = reward_of(features, labels, c.bound)
-        if c.top < 1:
-            advantages = strongest(advantages, c.top)
-        advantages = advantages.repeat_interleave(c.batch // len(advantages))       # a subset's images share its gain
-        if c.advantage == "constant":
-            advantages = -torch.ones_like(advantages)
+        advantages, reward = advantages_of(reward_of, features, labels, c)
         if c.credit == "subset" and not c.refresh:
             reward_of.push(features, labels)
         clock.append(time.perf_counter())
 
         # All randomness of the update is drawn for the whole batch, so that it does not depend on the ranks.
         rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        if c.objective == "ppo":
+        if objective == "ppo":
             pairs = ppo_pairs(states, mine, advantages[rank::world], plan, c.times, rng, rank, world)
+            loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.cfg, c.clip)
         else:
-            pairs = forward_pairs(states, mine, advantages[rank::world], max(c.times, 1), rng, rank, world)
-        lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters) if c.cosine else 1.0)
+            pairs = forward_pairs(states, mine, advantages[rank::world], c.times, rng, rank, world)
+            loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
+        lr = (c.lr if objective == "ppo" else c.lr_forward) * (
+            0.5 + 0.5 * math.cos(math.pi * it / c.iters) if c.cosine else 1.0)
         optimizer.param_groups[0]["lr"] = lr
         start = [p.detach().clone() for p in params]
         norm, clipped = update(ddp, optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
@@ -460,14 +477,14 @@ def train(c, model, net, real, plan):
         seconds = dict(zip(("rollout", "reward", "update", "guard"), (b - a for a, b in zip(clock, clock[1:]))))
         for phase, s in seconds.items():
             phases[phase] += s
-        row = dict(it=it, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(), kl=kl,
-                   halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
-                   images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds)
-        report(row, log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1)
+        report(log, turn % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
+            it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(), kl=kl,
+            halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
+            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
     return average.eval(), drawn, phases
 
 
-def report(row, log, show):
+def report(log, show, row):
     """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file."""
     if log is None:
         return
@@ -475,7 +492,7 @@ def report(row, log, show):
     log.flush()
     if show:
         kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
-        tqdm.write(f"{row['it']:5d}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} +- {row['reward_std']:.1e}  "
+        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} +- {row['reward_std']:.1e}  "
                    f"kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
                    f"{row['images_per_second']:6.0f} images/s")
 
@@ -485,17 +502,18 @@ def main(argv=None):
     rank, world, device = setup()
     began = time.time()
     check(c, world)
-    plan = schedule(c.rollout or c.sampler, c.steps, c.noise, c.last)
-    schedule(c.sampler, c.steps, c.noise, c.last)
-    if c.objective == "ppo" and not len(plan.noisy):
-        fail(f"{plan.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
+    plans = dict(ppo=schedule(c.sampler, c.steps, c.noise, c.last),
+                 forward=schedule(c.rollout, c.steps, c.noise, c.last if c.rollout == c.sampler else 0.0))
+    plans = {name: plan for name, plan in plans.items() if c.objective in (name, "both")}
+    if "ppo" in plans and not len(plans["ppo"].noisy):
+        fail(f"{c.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
     model = load(c.ckpt, device)
     check_classes(c.real, model.num_classes)
     net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
     print0(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
-           f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images ({c.batch // world} per rank, "
-           f"{plan.sampler}, {c.steps} steps, {c.times or len(plan.noisy)} of them trained), "
-           f"{c.credit} credit in {net.name} ({net.dim}-d)")
+           f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
+           f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
+           + f"; {c.credit} credit in {net.name} ({net.dim}-d)")
 
     # Judge the base first: if the real data do not fit, better to know before training.
     num_real = c.num_real if c.real == "tiny" else 0
@@ -518,7 +536,7 @@ def main(argv=None):
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
-    average, drawn, phases = train(c, model, net, real_train, plan)
+    average, drawn, phases = train(c, model, net, real_train, plans)
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c))
     print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
