@@ -37,7 +37,7 @@ num_real = 50000 # real images of the tiny world that are compared with; a folde
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
 sampler = "flow" # see sample.py
 steps = 10 # of the sampler
-noise = 1.0 # noise level of the sampler
+noise = 1.2 # noise level of the sampler
 last = 0.0 # length of its last step; 0: the form's own
 cfg = 1.0 # guidance scale
 seed = 0 # of the drawn images
@@ -267,7 +267,7 @@ def judge(fake, real, labels=None):
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.0, last=0.0, cfg=1.0, seed=0, stream="report",
+def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0.0, cfg=1.0, seed=0, stream="report",
              num_prdc=5000, batch_size=250, keep=0):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;

@@ -4,6 +4,7 @@ training of them all), loading and saving, and, in the last section, the plumbin
 
 python models.py                                                # make all of assets/ again (hours on two cores)
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
+python models.py --ckpt sit-tiny --out more.pt --minutes 3      # more pre-training, the plainest rival of RL
 
 Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (a minute to warm up).
 """
@@ -33,7 +34,8 @@ from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
-out = "assets" # folder for all tiny assets; with --real FOLDER a file, for example base.pt
+out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file, for example base.pt
+ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
 images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
 batch_size = 256 # images per pre-training update
@@ -594,11 +596,15 @@ def main(argv=None):
     if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
              "none may be negative, images and batch_size at least 1")
+    make_assets = c.real == "tiny" and not c.ckpt
+    if not make_assets and not c.out.endswith(".pt"):
+        fail(f"--out={c.out}: this makes one base, so one file is needed, for example --out base.pt")
+    path = os.path.join(c.out, "sit-tiny.pt") if make_assets else c.out
+    writable(path)
     setup()
-    writable(c.out if c.real != "tiny" else os.path.join(c.out, "sit-tiny.pt"))
 
     # The tiny world's base is judged by tiny2, so the feature networks come first.
-    if c.real == "tiny" and c.only != "base":
+    if make_assets and c.only != "base":
         for name, net_seed in (("tiny", c.seed), ("tiny2", c.seed + 1)):
             net, found = train_features(name, net_seed)
             print(found)
@@ -607,12 +613,9 @@ def main(argv=None):
         return
 
     if c.real == "tiny":
-        path, classes, (x, y, _) = os.path.join(c.out, "sit-tiny.pt"), [], tiny_images(TRAINING_IMAGES, c.seed, "train")
-        judge_path = os.path.join(c.out, "features-tiny2.pt")
-    elif not c.out.endswith(".pt"):
-        fail(f"--out={c.out}: with --real {c.real} the base is one file, for example --out base.pt")
+        classes, (x, y, _) = [], tiny_images(TRAINING_IMAGES, c.seed, "train")
     else:
-        path, judge_path, (names, _) = c.out, None, list_images(c.real)
+        names, _ = list_images(c.real)
         classes, y = image_classes(c.real, names)
         batches = tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch")
         x = torch.cat(list(batches))
@@ -622,7 +625,7 @@ def main(argv=None):
     print(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes")
 
     # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
-    net = feature_net("tiny2", judge_path)
+    net = feature_net("tiny2", os.path.join(c.out, "features-tiny2.pt") if make_assets else None)
     judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
     num = 10_000 if c.real == "tiny" else 1_000
     eighth = 0
@@ -631,17 +634,18 @@ def main(argv=None):
         nonlocal eighth
         eighth += 1
         for std, model in averages.items():
-            if c.real != "tiny" and std != BASE_EMA:
+            if not make_assets and std != BASE_EMA:
                 continue
             row = evaluate(model, [net], judged, num, num_prdc=num, stream="select")["tiny2"]
             print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se'] or math.nan:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
-            if c.real == "tiny" and eighth % 2 == 0:
+            if make_assets and eighth % 2 == 0:
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
     torch.manual_seed(c.seed)
-    model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    model = load(c.ckpt) if c.ckpt else init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    check_classes(c.real, model.num_classes)
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
     pretrain(model, x, y, c.seed, c.lr, c.lr_knee, c.batch_size, snapshot, c.images, minutes)
     print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, sit-tiny, "

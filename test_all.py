@@ -539,7 +539,7 @@ def test_ema_exponents_golden():
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
-QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300", "--num_prdc=50", "--steps=4"]
+QUICK = ["--iters=2", "--forward_every=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300", "--num_prdc=50", "--steps=4"]
 
 
 def test_train_rl_as_typed(tmp_path):
@@ -550,7 +550,7 @@ def test_train_rl_as_typed(tmp_path):
     assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "images_per_second",
                                "seconds"} <= set(rows[0])
     result = json.load(open(tmp_path / "r.json"))
-    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 440
+    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 200 + 2 * 120
     first = result["after"][0]
     assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} <= set(first)
     assert (first["features"], first["sampler"], first["num"]) == ("tiny2", "flow", 200)
@@ -560,17 +560,19 @@ def test_train_rl_as_typed(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    ["--credit=subset", "--subset=10"], ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
-    ["--objective=forward", "--rollout=euler"], ["--objective=forward", "--rollout=euler", "--advantage=constant"], ["--top=0.3"],
-    ["--epochs=2", "--times=0", "--cosine"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
+    ["--objective=ppo"], ["--credit=subset", "--subset=10"],
+    ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
+    ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
+    ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
-    code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
+    quick = [o for o in QUICK if "forward_every" not in o or not any("objective" in p for p in options)]
+    code, out, err = run(train_rl, *quick, "--num=0", "--out", tmp_path, *options)
     assert code == 0, err
     base, tuned = models.load(), models.load(str(tmp_path / "ckpt.pt"))
     change = sum((a - b).abs().sum() for a, b in zip(base.state_dict().values(), tuned.state_dict().values()))
     assert change > 0 and math.isfinite(change)
-    last = [json.loads(line) for line in open(tmp_path / "log.jsonl")][-1]
-    assert (last["halvings"] > 0) == ("--kl_limit=1e-6" in options)
+    first = [json.loads(line) for line in open(tmp_path / "log.jsonl")][0]
+    assert (first["halvings"] > 0) == ("--kl_limit=1e-6" in options)
 
 
 def test_sample_as_typed(tmp_path):
@@ -751,7 +753,7 @@ def test_a_fork_works(tmp_path):
     (tmp_path / "mine.py").write_text(re.sub(r"^iters = \d+", "iters = 1", source, flags=re.M))
     done = subprocess.run([sys.executable, "mine.py", "--batch=50", "--reference=100", "--num=0", "--num_real=200",
                            "--out=o"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "; 1 iterations of 50" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "; 1 iterations of 50 images" in done.stdout, done.stderr[-2000:]
 
 
 def test_every_command_of_the_readme_exists():

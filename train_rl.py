@@ -40,11 +40,11 @@ out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
 json = "" # also write the table before / after to this file
 seed = 0 # of rollouts; evaluation has its own stream
 # what is drawn
-iters = 100 # rollouts, each with `epochs` updates
+iters = 110 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "flow" # of rollouts and evaluation, see sample.py
 steps = 10 # of the sampler
-noise = 1.0 # its noise level
+noise = 1.2 # its noise level
 last = 0.0 # length of its last step; 0: the form's own
 cfg = 1.0 # guidance scale
 rollout = "euler" # sampler of the forward objective's rollouts
@@ -61,6 +61,7 @@ top = 1.0 # train on this share of the images (or subsets), those with the large
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
 objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
+forward_every = 3 # every third iteration is the forward objective's (objective=both)
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
@@ -70,7 +71,7 @@ lr_forward = 3e-5 # Adam, forward
 beta1 = 0.5 # Adam's momentum
 cosine = False # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
-kl_limit = 0.1 # ppo: nats per iteration and image; a longer step is halved until it fits
+kl_limit = 0.2 # ppo: nats per iteration and image; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 # how it is judged
@@ -370,8 +371,8 @@ def check(c, world):
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
     if c.advantage == "constant" and c.objective != "forward":
         fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
-    for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, refresh=0,
-                            times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
+    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
+                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
@@ -389,7 +390,8 @@ def check(c, world):
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
     idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",),
-            "objective=ppo": ("proximal", "lr_forward", "rollout"), "objective=forward": ("clip", "lr", "kl_limit")}
+            "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
     for where in (f"credit={c.credit}", f"objective={c.objective}"):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
@@ -403,6 +405,16 @@ class Course(NamedTuple):
     plan: Schedule
     reward_of: object                       # ImageCredit or SubsetCredit: each sampler has its own reference set
     optimizer: torch.optim.Adam
+    lr: float
+
+
+def begin(c, objective, plan, features, labels, real, params):
+    """A Course that starts from the features (N, d) and labels (N,) of a reference set."""
+    reward_of = ImageCredit(features, real, c.memory)
+    if c.credit == "subset":
+        reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
+    lr = c.lr if objective == "ppo" else c.lr_forward
+    return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
 def train(c, model, net, real, plans):
@@ -417,15 +429,9 @@ def train(c, model, net, real, plans):
     params = [p for p in model.parameters() if p.requires_grad]
 
     # The reference sets are drawn by the base, with the first images of the training stream.
-    drawn, courses = 0, []
-    for objective, plan in plans.items():
-        features, labels = draw(drawn, plan)
-        drawn += c.reference
-        courses.append(Course(
-            objective, plan,
-            ImageCredit(features, real, c.memory) if c.credit == "image" else
-            SubsetCredit(features, labels, real, c.subset, c.seed),
-            torch.optim.Adam(params, lr=c.lr if objective == "ppo" else c.lr_forward, betas=(c.beta1, 0.99))))
+    courses = [begin(c, objective, plan, *draw(i * c.reference, plan), real, params)
+               for i, (objective, plan) in enumerate(plans.items())]
+    drawn = len(courses) * c.reference
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
@@ -433,9 +439,9 @@ def train(c, model, net, real, plans):
 
     for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0):
         clock = [time.perf_counter()]
-        objective, plan, reward_of, optimizer = courses[it % len(courses)]
-        turn = it // len(courses)
-        if c.credit == "subset" and c.refresh and turn and turn % c.refresh == 0:
+        forward_turn = c.objective == "both" and it % c.forward_every == c.forward_every - 1
+        objective, plan, reward_of, optimizer, lr = courses[forward_turn]
+        if c.credit == "subset" and c.refresh and it and it % c.refresh <= forward_turn:
             reward_of.push(*draw(drawn, plan))
             drawn += c.reference
 
@@ -460,8 +466,7 @@ def train(c, model, net, real, plans):
         else:
             pairs = forward_pairs(states, mine, advantages[rank::world], c.times, rng, rank, world)
             loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
-        lr = (c.lr if objective == "ppo" else c.lr_forward) * (
-            0.5 + 0.5 * math.cos(math.pi * it / c.iters) if c.cosine else 1.0)
+        lr = lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else lr
         optimizer.param_groups[0]["lr"] = lr
         start = [p.detach().clone() for p in params]
         norm, clipped = update(ddp, optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
@@ -477,9 +482,9 @@ def train(c, model, net, real, plans):
         seconds = dict(zip(("rollout", "reward", "update", "guard"), (b - a for a, b in zip(clock, clock[1:]))))
         for phase, s in seconds.items():
             phases[phase] += s
-        report(log, turn % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
-            it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(), kl=kl,
-            halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
+        report(log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
+            it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
+            kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
             images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
     return average.eval(), drawn, phases
 
@@ -492,8 +497,8 @@ def report(log, show, row):
     log.flush()
     if show:
         kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
-        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} +- {row['reward_std']:.1e}  "
-                   f"kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
+        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} "
+                   f"+- {row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
                    f"{row['images_per_second']:6.0f} images/s")
 
 
