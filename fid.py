@@ -283,7 +283,7 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0
     labels = indices % model.num_classes
     batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, cfg, batch_size, noise, last)
     bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
-               disable=rank > 0, leave=False)
+               disable=rank > 0 or None, leave=False)
     shown = []
 
     def keeping():

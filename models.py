@@ -279,7 +279,7 @@ def train_features(name, seed, updates=12000, batch=128):
     stream = "features" if name == "tiny" else "features2"
     x, y, factors = tiny_images(100_000, seed, stream)
     z = factor_targets(factors)
-    for i in tqdm(range(updates), desc=f"features {name}", unit="update", mininterval=5):
+    for i in tqdm(range(updates), desc=f"features {name}", unit="update", mininterval=5, disable=None):
         k = torch.randint(len(x), (batch,))
         prediction = net.heads(net(x[k]))
         loss = F.cross_entropy(prediction[:, :CLASSES], y[k]) + (prediction[:, CLASSES:] - z[k]).square().sum(1).mean()
@@ -321,7 +321,7 @@ def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0
     pairs = {std: ([q for q, p in zip(a.parameters(), model.parameters()) if p.requires_grad], ema_exponent(std))
              for std, a in averages.items()}
     seen, eighths, began = 0, 0, time.time()
-    bar = tqdm(total=total or None, desc="pre-training", unit="image", mininterval=5)
+    bar = tqdm(total=total or None, desc="pre-training", unit="image", mininterval=5, disable=None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k].float() / 127.5 - 1
@@ -617,7 +617,8 @@ def main(argv=None):
     else:
         names, _ = list_images(c.real)
         classes, y = image_classes(c.real, names)
-        batches = tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch")
+        batches = tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch",
+                       disable=None)
         x = torch.cat(list(batches))
     num_classes = len(classes) or int(y.max()) + 1
     if len(x) < 2:

@@ -208,7 +208,7 @@ def main(argv=None):
     began = time.time()
     batches = generate(model, image_seeds(c.seed, "select", indices), labels, c.sampler, c.steps, c.cfg, c.batch_size,
                        c.noise, c.last, c.cfg_channels)
-    bar = tqdm(batches, total=-(-len(indices) // c.batch_size), unit="batch", disable=rank > 0)
+    bar = tqdm(batches, total=-(-len(indices) // c.batch_size), unit="batch", disable=rank > 0 or None)
     images = gather(torch.cat(list(bar)), c.num)
     seconds = time.time() - began
 

@@ -437,7 +437,7 @@ def train(c, model, net, real, plans):
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
     phases = defaultdict(float)
 
-    for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0):
+    for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
         forward_turn = c.objective == "both" and it % c.forward_every == c.forward_every - 1
         objective, plan, reward_of, optimizer, lr = courses[forward_turn]
