@@ -55,13 +55,13 @@ credit = "image" # image: first variation of FD; subset: the exact gain of its s
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
-refresh = 0 # redraw the whole reference set every so many iterations; 0: a queue fed by rollouts (credit=subset)
+refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
 objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
-forward_every = 3 # every third iteration is the forward objective's (objective=both)
+forward_every = 3 # one iteration in so many is the forward objective's (objective=both)
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
@@ -410,8 +410,9 @@ class Course(NamedTuple):
 
 def begin(c, objective, plan, features, labels, real, params):
     """A Course that starts from the features (N, d) and labels (N,) of a reference set."""
-    reward_of = ImageCredit(features, real, c.memory)
-    if c.credit == "subset":
+    if c.credit == "image":
+        reward_of = ImageCredit(features, real, c.memory)
+    else:
         reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
     lr = c.lr if objective == "ppo" else c.lr_forward
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
@@ -431,7 +432,7 @@ def train(c, model, net, real, plans):
     # The reference sets are drawn by the base, with the first images of the training stream.
     courses = [begin(c, objective, plan, *draw(i * c.reference, plan), real, params)
                for i, (objective, plan) in enumerate(plans.items())]
-    drawn = len(courses) * c.reference
+    drawn, turns = len(courses) * c.reference, [0] * len(courses)
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
@@ -441,9 +442,10 @@ def train(c, model, net, real, plans):
         clock = [time.perf_counter()]
         forward_turn = c.objective == "both" and it % c.forward_every == c.forward_every - 1
         objective, plan, reward_of, optimizer, lr = courses[forward_turn]
-        if c.credit == "subset" and c.refresh and it and it % c.refresh <= forward_turn:
+        if c.refresh and turns[forward_turn] and turns[forward_turn] % c.refresh == 0:
             reward_of.push(*draw(drawn, plan))
             drawn += c.reference
+        turns[forward_turn] += 1
 
         # Every rank draws its share, and sees the features of all.
         indices = torch.arange(drawn, drawn + c.batch)
