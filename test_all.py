@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import fid
+import merge_rl
 import models
 import reward
 import sample
@@ -29,7 +30,7 @@ import train_rl
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
-SCRIPTS = (models, sample, reward, fid, train_rl)
+SCRIPTS = (models, sample, reward, fid, train_rl, merge_rl)
 torch.manual_seed(0)
 
 
@@ -719,6 +720,112 @@ def test_fid_through_torchrun(tmp_path):
     assert abs(one["coverage"] - two["coverage"]) < 0.03
 
 
+# ---- Merging --------------------------------------------------------------------------------------------------------
+
+SNAPSHOTS = [os.path.join(models.ASSETS, f"sit-tiny-{k}.pt") for k in ("03000-0.050", "06000-0.100", "12000-0.050")]
+BRIEF = ["--ckpts", *SNAPSHOTS, "--steps=3", "--num_real=300", "--images=40", "--pairs=2", "--reference=100"]
+
+
+def test_merge_returns_what_it_was_given():
+    basis = merge_rl.Basis(SNAPSHOTS, "block", "cpu")
+    for k, path in enumerate(SNAPSHOTS):
+        merged, stored = basis.merge(merge_rl.one_hot(k, len(basis.groups), 3)), models.load(path)
+        assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), stored.state_dict().values())), path
+    same = merge_rl.Basis([SNAPSHOTS[1]] * 3, "all", "cpu").merge(torch.tensor([[0.7, -0.4, 0.7]]).double())
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), models.load(SNAPSHOTS[1]).state_dict().values()))
+    w = torch.tensor([[0.5, -0.25, 0.75]]).double()
+    mixed = merge_rl.Basis(SNAPSHOTS, "all", "cpu").merge(w).state_dict()
+    parts = [models.load(path).state_dict() for path in SNAPSHOTS]
+    assert all(torch.allclose(mixed[k], sum(x * p[k] for x, p in zip(w[0].tolist(), parts)), atol=1e-6) for k in mixed)
+
+
+def test_groups_of_coefficients():
+    assert merge_rl.group_of("blocks.3.attn.qkv.weight", "block") == "blocks.3"
+    assert merge_rl.group_of("unet.enc.16x16_block0.conv_res0.weight", "stage") == "unet.enc.16x16"
+    assert merge_rl.group_of("unet.enc.16x16_block0.conv_res0.weight", "block") == "unet.enc.16x16_block0"
+    assert len(merge_rl.Basis(SNAPSHOTS[:2], "stage", "cpu").groups) == 5
+
+
+@pytest.mark.parametrize("policy, bound", [("mean", 0.05), ("net", 0.15)])
+def test_evolve_reaches_the_optimum_of_a_quadratic(policy, bound):
+    rng = torch.Generator().manual_seed(0)
+    start, best = merge_rl.one_hot(3, 2, 4), torch.tensor([[0.4, -0.3, 0.2, 0.7], [-0.2, 0.1, 0.5, 0.6]]).double()
+    a = spd(8, rng)
+
+    def rewards(it, mean, ws):
+        away = (ws - best).flatten(1)
+        return -((away @ a) * away).sum(1)
+
+    found = merge_rl.evolve(rewards, start, 400, 4, 0.1, 0.12, rng, policy)
+    assert (found.sum(1) - 1).abs().max() < 1e-9
+    assert (found - best).abs().max() < bound, found
+
+
+def test_posthoc_ema_golden():
+    g = golden("phema.npz")
+    for name in g["names"]:
+        ends, stds, targets = g[f"{name}.in_ofs"], g[f"{name}.in_std"], np.atleast_1d(g[f"{name}.out_ofs"])
+        for j, (end, std) in enumerate(zip(targets, np.atleast_1d(g[f"{name}.out_std"]))):
+            coefficients = merge_rl.posthoc_coefficients(ends, stds, end, std)
+            assert abs(coefficients - g[f"{name}.coef"].reshape(len(ends), -1)[:, j]).max() < 1e-11, name
+
+
+def test_merge_rl_as_typed(tmp_path):
+    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=200", "--num_prdc=50", "--out", tmp_path,
+                         "--json", tmp_path / "m.json")
+    assert code == 0 and all(f"{name} " in out for name in ("last", *merge_rl.METHODS)), err
+    found = json.load(open(tmp_path / "m.json"))
+    assert all(spent <= 600 for spent in found["drawn"].values()) and found["drawn"]["rl"] > 400
+    assert len(found["rows"]) == 2 * 8 and found["candidates"][0]["method"] == "rl"
+    merged, w = models.load(str(tmp_path / "merged.pt")), torch.tensor(found["coefficients"]["rl"], dtype=torch.float64)
+    assert abs(w.sum().item() - 1) < 1e-9
+    again = merge_rl.Basis(SNAPSHOTS, "all", "cpu").merge(w)
+    assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), again.state_dict().values()))
+    assert Image.open(tmp_path / "coefficients.png").size[0] >= 240
+
+
+@pytest.mark.parametrize("options", [[], ["--credit=subset"], ["--per=block", "--policy=net"], ["--method=greedy"]])
+def test_merge_resumed_is_uninterrupted(tmp_path, options):
+    argv = [*BRIEF, "--budget=700", "--num=0", *options]
+    assert run(merge_rl, *argv, "--out", tmp_path / "a")[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    cache = next((tmp_path / "b" / "cache").iterdir())
+    for path in sorted(cache.iterdir())[3:]:
+        path.unlink()
+    assert run(merge_rl, *argv, "--out", tmp_path / "b", "--resume")[0] == 0
+    one, two = (json.load(open(tmp_path / k / "merge.json")) for k in "ab")
+    assert one["coefficients"] == two["coefficients"] and one["candidates"] == two["candidates"]
+    code, line = mistakes(merge_rl, *argv, "--seed=5", "--out", tmp_path / "b", "--resume")
+    assert code == 2 and "another search" in line
+
+
+def test_merge_through_torchrun(tmp_path):
+    argv = [*BRIEF, "--budget=700", "--num=0"]
+    assert run(merge_rl, *argv, "--out", tmp_path / "1")[0] == 0
+    two = torchrun(2, "merge_rl.py", *argv, "--out", tmp_path / "2")
+    assert two.returncode == 0, two.stderr[-2000:]
+    one, two = (torch.tensor(json.load(open(tmp_path / k / "merge.json"))["coefficients"]["rl"]) for k in "12")
+    assert (one - two).abs().max() < 1e-4, (one, two)
+
+
+def test_merge_mistakes(tmp_path):
+    nan, other = tmp_path / "nan.pt", tmp_path / "other.pt"
+    model = models.load()
+    models.save(str(other), models.init_sit(models.SiT(2, 64, 4, (3, 16, 16), 4, 10)))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[0, 0] = math.nan
+    models.save(str(nan), model)
+    good = SNAPSHOTS[0]
+    table = [([good], 2, "at least 2"), ([good, nan], 1, "NaN"), ([good, other], 1, "cannot be merged"),
+             ([good, tmp_path / "none.pt"], 2, "no checkpoint"), ([good, good, "--per=layer"], 2, "choose"),
+             ([good, good, "--method=soup"], 2, "choose"), ([good, good, "--budget=10"], 2, "budget"),
+             ([good, other, "--method=ema"], 1, "cannot be merged"), ([nan, nan], 1, "NaN"),
+             ([good, str(good).replace("0.050", "*"), "--images=1"], 2, "at least 2")]
+    for argv, code, said in table:
+        found, line = mistakes(merge_rl, "--out", tmp_path / "o", "--num_real=100", "--ckpts", *argv)
+        assert found == code and said in line, (argv, found, line)
+
+
 # ---- The architecture itself ---------------------------------------------------------------------------------------
 
 def test_only_main_reads_the_constants():
@@ -732,7 +839,7 @@ def test_only_main_reads_the_constants():
 
 def test_import_direction():
     allowed = {"reward": set(), "models": set(), "sample": {"models"}, "fid": {"models", "sample", "reward"},
-               "train_rl": {"models", "sample", "reward", "fid"}}
+               "train_rl": {"models", "sample", "reward", "fid"}, "merge_rl": {"models", "sample", "reward", "fid"}}
     for name, may in allowed.items():
         with open(os.path.join(ROOT, f"{name}.py")) as f:
             top = re.findall(r"^(?:from|import) (\w+)", f.read(), flags=re.M)
@@ -740,7 +847,7 @@ def test_import_direction():
 
 
 def test_import_is_silent():
-    done = subprocess.run([sys.executable, "-c", "import sample, fid, reward, models, train_rl", "--bogus"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", "import sample, fid, reward, models, train_rl, merge_rl", "--bogus"], cwd=ROOT,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
