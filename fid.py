@@ -76,7 +76,7 @@ class MeasuredFactors:
         brightness = ink.flatten(1).topk(10, dim=1).values.mean(1)
         red, green, blue = (x * ink[:, None]).sum((2, 3)).T / total
         hue = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
-        columns = [(total - 32) / 16, (cx - 7.5) / 1.2, (cy - 7.5) / 1.2, (spread - 3.5) / 0.5,
+        columns = [(total - 35) / 16, (cx - 7.6) / 0.65, (cy - 7.8) / 0.7, (spread - 3.7) / 0.42,
                    (brightness - 0.72) / 0.15, 1.4 * hue.cos(), 1.4 * hue.sin()]
         return torch.stack(columns, dim=1)
 

@@ -40,7 +40,9 @@ minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 min
 images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
 batch_size = 256 # images per pre-training update
 lr = 6e-3 # Adam
-lr_knee = 500_000 # images after which the learning rate falls as 1/sqrt(images)
+lr_matrices = 0.02 # Muon, for the matrices of SiT's blocks
+lr_knee = 500_000 # images after which both learning rates fall as 1/sqrt(images)
+resume = False # go on from the state beside the base (OUT.state), perhaps with more --images or --minutes
 only = "all" # which assets to make: all, features, base
 seed = 0 # weights, order of images, noise
 # -----------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def init_sit(model):
 STREAMS = {"train": 0, "select": 1, "report": 2, "floor": 3, "features": 4, "features2": 5, "update": 6}
 CLASSES = 10
 SIZE = 16
-FACTORS = {"size": (7.5, 11.5), "x": (5.5, 9.5), "y": (5.5, 9.5), "angle": (-25.0, 25.0), "stroke": (0, 3),
+FACTORS = {"size": (8.5, 11.5), "x": (6.5, 8.5), "y": (6.5, 8.5), "angle": (-15.0, 15.0), "stroke": (0, 3),
            "hue": (0.0, 1.0), "brightness": (0.5, 1.0)}     # px, px, px, degrees, quarters of a pixel, turns, 0..1
 
 
@@ -289,6 +291,11 @@ def train_features(name, seed, updates=12000, batch=128):
         schedule.step()
     net.requires_grad_(False).eval()
     x, y, factors = tiny_images(10_000, seed, stream, start=len(x))
+    # Mean variance 1, as KID's kernel expects; the heads begin with a ReLU, which lets the scale pass.
+    scale = net(x).var(0).mean().sqrt()
+    net.body[-1].weight /= scale
+    net.body[-1].bias /= scale
+    net.heads[1].weight *= scale
     prediction = net.heads(net(x))
     correct = (prediction[:, :CLASSES].argmax(1) == y).double().mean()
     error = (prediction[:, CLASSES:] - factor_targets(factors)).square().mean()
@@ -308,40 +315,60 @@ def ema_exponent(std):
     return roots.real.max()
 
 
-def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0.0):
+def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total=0, minutes=0.0, state_path=""):
     """
-    Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`.
-    Two power-function averages of the weights are tracked; snapshot(images_seen, {std: model}) is called at every
-    eighth of the run. The rate falls as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
+    Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`, at
+    logit-normal times. Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for the rest.
+    Two power-function averages of the weights are tracked; snapshot(eighth, images_seen, {std: model}) is called at
+    every eighth of the run. The rates fall as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
+    With a state_path everything is kept there at every eighth, and a run that finds it goes on from it.
     """
     rng = torch.Generator().manual_seed(seed)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, betas=(0.9, 0.99))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    params = list(named.values())
+    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.dim() == 2]
+    others = [p for name, p in named.items() if not (name.startswith("blocks.") and p.dim() == 2)]
+    optimizers = [(torch.optim.Adam(others, betas=(0.9, 0.99)), lr)]
+    if matrices:
+        optimizers.append((torch.optim.Muon(matrices, weight_decay=0.0), lr_matrices))
     averages = {std: copy.deepcopy(model).requires_grad_(False).eval() for std in EMA_STDS}
     pairs = {std: ([q for q, p in zip(a.parameters(), model.parameters()) if p.requires_grad], ema_exponent(std))
              for std, a in averages.items()}
-    seen, eighths, began = 0, 0, time.time()
-    bar = tqdm(total=total or None, desc="pre-training", unit="image", mininterval=5, disable=None)
+    keepers = [model, *averages.values(), *(optimizer for optimizer, _ in optimizers)]
+    seen, earlier = 0, 0.0
+    if state_path and os.path.exists(state_path):
+        state = read_checkpoint(state_path)
+        seen, earlier = state["seen"], state["seconds"]
+        rng.set_state(state["rng"])
+        for keeper, part in zip(keepers, state["parts"]):
+            keeper.load_state_dict(part)
+    began = time.time() - earlier
+    done = lambda: (time.time() - began) / (60 * minutes) if minutes else seen / total
+    eighths = math.floor(8 * done())
+    bar = tqdm(total=total or None, initial=seen, desc="pre-training", unit="image", mininterval=5, disable=None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k].float() / 127.5 - 1
         x0 = torch.randn(x1.shape, generator=rng)
-        t = torch.rand(batch, generator=rng)
+        t = torch.randn(batch, generator=rng).sigmoid()
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
         xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
         loss = (model(xt, t, labels) - (x1 - x0)).square().mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         seen += batch
-        optimizer.param_groups[0]["lr"] = lr * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
-        optimizer.step()
+        for optimizer, rate in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
+            optimizer.step()
         for slow, gamma in pairs.values():
             torch._foreach_lerp_(slow, params, 1 - (1 - batch / seen) ** (gamma + 1))
         bar.update(batch)
-        done = (time.time() - began) / (60 * minutes) if minutes else seen / total
-        while eighths < 8 and done >= (eighths + 1) / 8:
+        while eighths < 8 and done() >= (eighths + 1) / 8:
             eighths += 1
-            snapshot(seen, averages)
+            snapshot(eighths, seen, averages)
+            if state_path:
+                write(state_path, dict(seen=seen, seconds=time.time() - began, rng=rng.get_state(),
+                                       parts=[keeper.state_dict() for keeper in keepers]))
         if seen % (200 * batch) == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     bar.close()
@@ -604,7 +631,7 @@ def main(argv=None):
     setup()
 
     # The tiny world's base is judged by tiny2, so the feature networks come first.
-    if make_assets and c.only != "base":
+    if make_assets and c.only != "base" and not c.resume:
         for name, net_seed in (("tiny", c.seed), ("tiny2", c.seed + 1)):
             net, found = train_features(name, net_seed)
             print(found)
@@ -629,11 +656,8 @@ def main(argv=None):
     net = feature_net("tiny2", os.path.join(c.out, "features-tiny2.pt") if make_assets else None)
     judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
     num = 10_000 if c.real == "tiny" else 1_000
-    eighth = 0
 
-    def snapshot(seen, averages):
-        nonlocal eighth
-        eighth += 1
+    def snapshot(eighth, seen, averages):
         for std, model in averages.items():
             if not make_assets and std != BASE_EMA:
                 continue
@@ -648,7 +672,10 @@ def main(argv=None):
     model = load(c.ckpt) if c.ckpt else init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
     check_classes(c.real, model.num_classes)
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
-    pretrain(model, x, y, c.seed, c.lr, c.lr_knee, c.batch_size, snapshot, c.images, minutes)
+    state_path = path + ".state"
+    if os.path.exists(state_path) and not c.resume:
+        os.remove(state_path)
+    pretrain(model, x, y, c.seed, c.lr, c.lr_matrices, c.lr_knee, c.batch_size, snapshot, c.images, minutes, state_path)
     print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, sit-tiny, "
           f"{num_classes} classes; next: python train_rl.py --ckpt {path} --real {c.real}")
 
