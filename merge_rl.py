@@ -40,7 +40,7 @@ json = "" # also write the numbers to this file
 seed = 0 # of the search; evaluation has its own stream
 resume = False # go on with the search in OUT at the candidate it was stopped at
 # the search
-method = "rl" # rl, single, uniform, greedy, ema, random, neon; all: every one, with a table
+method = "rl" # rl, single, uniform, greedy, ema, random, neon, line; all: every one that applies, with a table
 budget = 12000 # images each method may draw to search
 per = "all" # coefficients for the whole model (all), for each stage, or for each block
 policy = "mean" # mean: the coefficients themselves are learned; net: the output of an MLP is (the paper's)
@@ -317,13 +317,14 @@ def greedy(search, c, G, K):
     return torch.stack([one_hot(m, G, K) for m in members]).mean(0)
 
 
+def snapshot_name(path):
+    """Match with the groups images and EMA width of a name like edm2-img512-xs-0134217-0.050.pkl; None for others."""
+    return re.search(r"-(\d+)-(\d+\.\d+)\.\w+$", path)
+
+
 def ema(search, c, G, K, candidates=16):
     """The best EMA length of a sweep, made afterwards from the snapshots (Karras et al. 2024, section 3.2)."""
-    names = [re.search(r"-(\d+)-(\d+\.\d+)\.(pt|pkl)$", path) for path in search.basis.paths]
-    if not all(names):
-        odd = search.basis.paths[names.index(None)]
-        fail(f"{odd}: an EMA length can be made only from snapshots named NAME-IMAGES-STD.pt, like edm2-0134217-0.050.pkl")
-    ends, stds = np.array([[float(m[1]), float(m[2])] for m in names]).T
+    ends, stds = np.array([[float(x) for x in snapshot_name(path).groups()] for path in search.basis.paths]).T
     lengths = np.geomspace(0.02, 0.25, candidates)
     ws = [torch.from_numpy(posthoc_coefficients(ends, stds, ends.max(), std)).expand(G, K) for std in lengths]
     fds = search.scores(torch.stack(ws), c.budget // candidates)
@@ -380,7 +381,23 @@ def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
     return ws[int(np.argmin(search.scores(ws, half // len(scales))))]
 
 
-METHODS = {f.__name__: f for f in (rl, single, uniform, greedy, ema, random, neon)}
+def line(search, c, G, K, candidates=13):
+    """The best point on the line through two checkpoints (a base and a tuned one, say), beyond both ends too."""
+    ws = [(1 - a) * one_hot(0, G, 2) + a * one_hot(1, G, 2) for a in np.linspace(-0.5, 2.5, candidates)]
+    return ws[int(np.argmin(search.scores(torch.stack(ws), c.budget // candidates)))]
+
+
+METHODS = {f.__name__: f for f in (rl, single, uniform, greedy, ema, random, neon, line)}
+
+
+def obstacle(name, paths):
+    """Why a method cannot be used on these checkpoints; empty if it can."""
+    odd = [path for path in paths if not snapshot_name(path)]
+    if name == "ema" and odd:
+        return f"an EMA length can only be made from snapshots named NAME-IMAGES-STD.pt, and {odd[0]} is not"
+    if name == "line" and len(paths) != 2:
+        return f"a line goes through 2 checkpoints, not {len(paths)}"
+    return ""
 
 
 # ---- Judging --------------------------------------------------------------------------------------------------------
@@ -478,7 +495,9 @@ def main(argv=None):
     basis = Basis(paths, c.per, device)
     check_classes(c.real, basis.model.num_classes)
     G, K = len(basis.groups), len(paths)
-    methods = list(METHODS) if c.method == "all" else [c.method]
+    methods = [name for name in METHODS if not obstacle(name, paths)] if c.method == "all" else [c.method]
+    if obstacle(methods[0], paths):
+        fail(f"--method={c.method}: {obstacle(methods[0], paths)}")
     net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
     print0(f"{K} checkpoints of {sum(p.numel() for p in basis.model.parameters()) / 1e6:.2f} M parameters, {G} groups of "
            f"coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {net.name}")
