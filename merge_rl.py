@@ -369,8 +369,8 @@ def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
         trained, indices = load(basis.paths[-1]), torch.arange(half)
         batches = generate(trained, image_seeds(c.seed, "train", indices), None, c.sampler, c.steps, c.cfg,
                            c.batch_size, c.noise)
-        pretrain(trained, torch.cat(list(batches)), indices % trained.num_classes, c.seed, 1e-4, math.inf, 250,
-                 lambda *_: None, 4 * half)
+        pretrain(trained, torch.cat(list(batches)), indices % trained.num_classes, c.seed, lr=1e-4, lr_matrices=3e-4,
+                 lr_knee=math.inf, batch=250, snapshot=lambda *_: None, total=4 * half)
         if dist.get_rank() == 0:
             save(path, trained)
         dist.barrier()
