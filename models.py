@@ -1,6 +1,6 @@
 """
-Everything with weights: SiT, the tiny world (procedural images, tiny configurations, tiny feature networks and the
-training of them all), loading and saving, and, in the last section, the plumbing that every script shares.
+Everything with weights: SiT, the VAE decoder, the tiny world (procedural images, tiny configurations, tiny feature
+networks and the training of them all), loading and saving, and, in the last section, the plumbing all scripts share.
 
 python models.py                                                # make all of assets/ again (hours on two cores)
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
@@ -13,6 +13,7 @@ import colorsys
 import copy
 import difflib
 import itertools
+import json
 import math
 import os
 import pickle
@@ -186,6 +187,142 @@ def init_sit(model):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
+
+
+# ---- VAE decoder ----------------------------------------------------------------------------------------------------
+
+SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+                         I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """
+    {name: tensor} of a .safetensors file: 8 bytes length, a JSON header {name: {dtype, shape, data_offsets}}, raw data.
+    Exit code 1 unless the tensors fill the data exactly, without gap or overlap; nothing is allocated before that.
+    """
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size - 8
+        length = int.from_bytes(f.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size + 8}")
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            rows = sorted((*e["data_offsets"], k, SAFETENSORS_TYPES[e["dtype"]], e["shape"]) for k, e in header.items())
+            end = 0
+            for first, last, name, dtype, shape in rows:
+                if first != end or min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} at bytes {first} to {last} of the data is not where, or not as long as, it has to be")
+                end = last
+            if end != size - length:
+                raise ValueError(f"tensors of {end} bytes, data of {size - length}")
+            tensors = {}
+            for first, last, name, dtype, shape in rows:
+                raw = torch.empty(last - first, dtype=torch.uint8)
+                f.readinto(raw.numpy())
+                tensors[name] = raw.view(dtype).view(shape)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
+            fail(f"{path} is not a whole .safetensors file: {' '.join(str(e).split())[:120]}", code=1)
+    return tensors
+
+
+def read_vae(path):
+    """
+    The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file, .safetensors or .bin, whose encoder
+    is ignored, in one spelling of the attention. Exit code 1 if one is missing, too many or of a wrong shape.
+    """
+    if not os.path.isfile(path):
+        fail(f"no VAE decoder {path!r}; needed: a diffusion_pytorch_model.safetensors or .bin")
+    state = read_safetensors(path) if path.endswith(".safetensors") else read_checkpoint(path)
+    spelling = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    try:
+        w = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{spelling[m[1]]}.", name): x.float()
+             for name, x in state.items() if name.startswith(("decoder.", "post_quant_conv."))}
+        w = {name: x.flatten(1) if ".to_" in name and x.dim() == 4 else x for name, x in w.items()}
+        vae_decode(w, torch.zeros(1, 4, 2, 2))
+        count = sum("conv_shortcut" not in name for name in w)
+        if count != 136:
+            raise ValueError(f"{count} tensors beside the shortcuts, not 136")
+    except (KeyError, AttributeError, RuntimeError, ValueError) as e:
+        fail(f"{path} is not an SD-VAE decoder: {' '.join(str(e).split())[:200]}", code=1)
+    return w
+
+
+def vae_decode(w, z):
+    """
+    The decoder of diffusers' AutoencoderKL, Rombach et al. 2022: raw latents (B, 4, h, w) => images (B, 3, 8h, 8w).
+    w: its tensors by name, which also give the sizes.
+    """
+    def get(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def conv(name, x):
+        weight, bias = get(name)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, *get(name), eps=1e-6)
+
+    def resnet(name, x):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)))
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        return h + (conv(f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in w else x)
+
+    def attention(name, x):                 # one head over all positions
+        h = norm(f"{name}.group_norm", x).flatten(2).transpose(1, 2)                    # (B, h w, C)
+        h = F.scaled_dot_product_attention(*(F.linear(h, *get(f"{name}.to_{k}")) for k in "qkv"))
+        return x + F.linear(h, *get(f"{name}.to_out.0")).transpose(1, 2).reshape(x.shape)
+
+    x = conv("decoder.conv_in", conv("post_quant_conv", z))
+    x = attention("decoder.mid_block.attentions.0", resnet("decoder.mid_block.resnets.0", x))
+    x = resnet("decoder.mid_block.resnets.1", x)
+    for i in range(4):
+        for j in range(3):
+            x = resnet(f"decoder.up_blocks.{i}.resnets.{j}", x)
+        if i < 3:
+            x = conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", F.interpolate(x, scale_factor=2.0))
+    return conv("decoder.conv_out", F.silu(norm("decoder.conv_norm_out", x)))
+
+
+# What a family was trained on: VAE; raw latents = x / scale + mean, per channel; uint8 = trunc(gain image + offset).
+LATENTS = {
+    "sit": dict(vae="stabilityai/sd-vae-ft-ema", scale=[0.18215], mean=[0.0], gain=127.5, offset=128),
+    "edm2": dict(vae="stabilityai/sd-vae-ft-mse", scale=[0.5 / std for std in (4.17, 4.62, 3.71, 3.28)],
+                 mean=[5.81, 3.25, 0.12, -2.15], gain=255, offset=0),
+}
+
+
+def attach_vae(model, path):
+    """
+    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => uint8 images (B, 3, 8h, 8w)
+    by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
+    model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
+    """
+    if model.shape[0] == 3:
+        if path:
+            fail(f"--vae={path}: the model draws pixels and needs no VAE decoder; leave it out")
+        return model
+    convention = LATENTS[model.family]
+    if not path:
+        fail(f"the model draws latents; name its decoder with --vae: diffusion_pytorch_model.safetensors of "
+             f"{convention['vae']}")
+    device = next(model.parameters()).device
+    w = {name: x.to(device) for name, x in read_vae(path).items()}
+    scale, mean = (torch.tensor(convention[k], device=device).view(1, -1, 1, 1) for k in ("scale", "mean"))
+
+    @torch.no_grad()
+    def vae(x):
+        chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
+        images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
+        return (convention["gain"] * images + convention["offset"]).clamp(0, 255).to(torch.uint8)
+
+    model.vae = vae
+    return model
+
+
+def image_size(model):
+    """Pixels along a side of the model's images; a latent stands for 8 x 8 of them."""
+    return model.shape[-1] * (1 if model.shape[0] == 3 else 8)
 
 
 # ---- The tiny world ------------------------------------------------------------------------------------------------

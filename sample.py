@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from models import STREAMS, configure, fail, gather, load, print0, setup, writable
+from models import STREAMS, attach_vae, configure, fail, gather, load, print0, setup, writable
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt file or the name of an asset; empty: the tiny base
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 num = 100 # images to draw
 sampler = "flow" # flow, sigma, linear, constant, sbdm, decreasing, increasing-decreasing, euler, heun
 steps = 10 # steps of the sampler: network evaluations, two each for heun
@@ -154,10 +155,13 @@ def trajectory(model, seeds, labels, plan, cfg=1.0, cfg_channels=0):
 
 
 def decode(model, x):
-    """(B, 3, H, W) float in [-1, 1] => uint8, as EDM2's and SiT's code: truncated, not rounded."""
-    if model.shape[0] != 3:
-        fail(f"a model of {model.shape[0]} latent channels needs the VAE decoder, which this version does not have yet")
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    """
+    What a model draws, (B, 3, H, W) in [-1, 1] or latents (B, 4, h, w) => uint8 images, as EDM2's and SiT's code:
+    truncated, not rounded. Exit code 2 if latents have no decoder.
+    """
+    if model.shape[0] == 3:
+        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
 
 
 @torch.no_grad()
@@ -194,7 +198,7 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     rank, world, device = setup()
     schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
-    model = load(c.ckpt, device)
+    model = attach_vae(load(c.ckpt, device), c.vae)
     if c.num < world or c.batch_size < 1:
         fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
     if not -1 <= c.label < model.num_classes:
