@@ -212,7 +212,7 @@ def read_safetensors(path):
             end = 0
             for first, last, name, dtype, shape in rows:
                 if first != end or min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} at bytes {first} to {last} of the data is not where, or not as long as, it has to be")
+                    raise ValueError(f"bytes {first} to {last} do not fit {name}, or what is before it")
                 end = last
             if end != size - length:
                 raise ValueError(f"tensors of {end} bytes, data of {size - length}")
@@ -228,8 +228,8 @@ def read_safetensors(path):
 
 def read_vae(path):
     """
-    The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file, .safetensors or .bin, whose encoder
-    is ignored, in one spelling of the attention. Exit code 1 if one is missing, too many or of a wrong shape.
+    The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file, .safetensors or .bin, of either
+    spelling of the attention; its encoder is ignored. Exit code 1 if one is missing, too many or of a wrong shape.
     """
     if not os.path.isfile(path):
         fail(f"no VAE decoder {path!r}; needed: a diffusion_pytorch_model.safetensors or .bin")
@@ -517,9 +517,14 @@ def image_classes(path, names):
     return classes if len(classes) > 1 else [], torch.tensor([classes.index(f) for f in folders])
 
 
+def is_statistics(real):
+    """Whether real data are a file of statistics, not images."""
+    return real.endswith((".npz", ".pkl"))
+
+
 def check_classes(real, num_classes):
     """A folder with sub-folders must have as many as the model has classes; anything else has no classes to compare."""
-    if real != "tiny" and not real.endswith(".npz"):
+    if real != "tiny" and not is_statistics(real):
         classes, _ = image_classes(real, list_images(real)[0])
         if classes and len(classes) != num_classes:
             fail(f"{real} has {len(classes)} classes (sub-folders), the model {num_classes}; "
@@ -529,7 +534,8 @@ def check_classes(real, num_classes):
 def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
     """
     Yields images start, start + step, .. of a folder or zip (at most `limit`), short side resized to `size` and
-    centre-cropped: uint8 (b, 3, size, size). One that cannot be read ends the script with exit code 1 and its name.
+    centre-cropped: uint8 (b, 3, size, size); size None: as they are, all of one size. One that cannot be read, or has
+    another size, ends the script with exit code 1 and its name.
     """
     names, opener = list_images(path)
     names = names[start::step][:limit or None]
@@ -538,11 +544,15 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
         for name in names[i:i + batch_size]:
             try:
                 with opener(name) as f, Image.open(f) as image:
-                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                    fitted = image.convert("RGB")
+                    if size:
+                        fitted = ImageOps.fit(fitted, (size, size), Image.Resampling.BICUBIC)
             except (OSError, ValueError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile,
                     Image.DecompressionBombError) as e:
                 fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
             batch.append(np.asarray(fitted).transpose(2, 0, 1))
+            if batch[-1].shape != batch[0].shape:
+                fail(f"{os.path.join(path, name)} is of another size than {names[i]}: resize them to one", code=1)
         yield torch.from_numpy(np.stack(batch))
 
 

@@ -10,6 +10,7 @@ small, their KL is exact, printed and bounded).
 
 python train_rl.py                                              # tiny model, four minutes on two CPU cores
 python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after python models.py --real FOLDER
+python train_rl.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real stats.npz --judges inception
 torchrun --nproc_per_node=8 train_rl.py                         # any number of ranks draws the same images
 """
 import copy
@@ -27,15 +28,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import distance, evaluate, feature_net, histogram_distance, real_summaries
-from models import check_classes, configure, fail, gather, load, print0, save, setup, writable
+from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
+from models import (attach_vae, check_classes, configure, fail, gather, image_size, is_statistics, load, print0, save,
+                    setup, writable)
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
 from sample import (Schedule, decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory,
                     velocity)
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt file or the name of an asset; empty: the tiny base
-real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
+real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
 out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
 json = "" # also write the table before / after to this file
 seed = 0 # of rollouts; evaluation has its own stream
@@ -50,10 +53,12 @@ cfg = 1.0 # guidance scale
 rollout = "euler" # sampler of the forward objective's rollouts
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
-features = "tiny" # feature network of the reward
+features = "tiny" # feature network of the reward, see fid.py
+features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 credit = "image" # image: first variation of FD; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
+moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
@@ -137,11 +142,22 @@ def strongest(advantages, top):
     return selected
 
 
+def stored_moments(path, net, device):
+    """Moments as the images behind a file of statistics left them; their number has to be in it."""
+    num, mu, cov, _ = read_statistics(path, net, device)
+    if num <= net.dim:
+        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
+    moments = Moments(net.dim, device)
+    moments.weight = moments.squares = float(num)
+    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
+    return moments
+
+
 class ImageCredit:
     """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
-    def __init__(self, features, real, memory):
+    def __init__(self, moments, real, memory):
         self.real_mu, self.real_root, self.memory = real.mu, covariance_root(real.cov), memory
-        self.moments = Moments(features.shape[1], features.device).add(features)
+        self.moments = moments
 
     def __call__(self, features, labels, bound):
         self.moments.fade(self.memory).add(features)
@@ -384,15 +400,17 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is more than 0")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
+    if c.features_path and not {c.features, *c.judges} & set(WEIGHTS):
+        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features and --judges; leave it out")
     if c.real.endswith(".npz") and c.num and c.judges != [c.features]:
         fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
     if c.json and not c.num:
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
-    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",),
+    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory", "moments"),
             "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
-    for where in (f"credit={c.credit}", f"objective={c.objective}"):
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every"), f"moments={c.moments}": ("reference",)}
+    for where in [f"credit={c.credit}", f"objective={c.objective}"] + [f"moments={c.moments}"] * bool(c.moments):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
@@ -408,12 +426,12 @@ class Course(NamedTuple):
     lr: float
 
 
-def begin(c, objective, plan, features, labels, real, params):
-    """A Course that starts from the features (N, d) and labels (N,) of a reference set."""
+def begin(c, objective, plan, start, labels, real, params):
+    """A Course that starts from a reference set: Moments (credit=image), or features (N, d) and labels (N,)."""
     if c.credit == "image":
-        reward_of = ImageCredit(features, real, c.memory)
+        reward_of = ImageCredit(start, real, c.memory)
     else:
-        reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
+        reward_of = SubsetCredit(start, labels, real, c.subset, c.seed)
     lr = c.lr if objective == "ppo" else c.lr_forward
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
@@ -425,14 +443,20 @@ def train(c, model, net, real, plans):
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)      # one copy of the gradients, not two
     ddp.num_classes = model.num_classes     # guidance asks for the null class
     params = [p for p in model.parameters() if p.requires_grad]
 
-    # The reference sets are drawn by the base, with the first images of the training stream.
-    courses = [begin(c, objective, plan, *draw(i * c.reference, plan), real, params)
-               for i, (objective, plan) in enumerate(plans.items())]
-    drawn, turns = len(courses) * c.reference, [0] * len(courses)
+    # The reference sets are drawn by the base, with the first images of the training stream, unless stored.
+    courses, drawn, turns = [], 0, [0] * len(plans)
+    for objective, plan in plans.items():
+        if c.moments:
+            start, labels = stored_moments(c.moments, net, device), None
+        else:
+            start, labels = draw(drawn, plan)
+            start = Moments(net.dim, device).add(start) if c.credit == "image" else start
+            drawn += c.reference
+        courses.append(begin(c, objective, plan, start, labels, real, params))
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
@@ -488,7 +512,21 @@ def train(c, model, net, real, plans):
             it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
             kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
             images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
+        if it == 0 and rank == 0:
+            one = clock[-1] - clock[0]
+            tqdm.write(f"first iteration {one:.1f} s: all {c.iters} in about {one * c.iters / 60:.0f} minutes")
     return average.eval(), drawn, phases
+
+
+def memory_estimate(c, model, net, courses, world):
+    """Line for people: what a rank keeps during training, in GB, known from sizes alone; activations come on top."""
+    weights = sum(p.numel() for p in model.parameters())
+    rollout = 2 * (c.steps + 1) * (c.batch // world) * math.prod(model.shape)           # states and velocities
+    parts = {"weights": weights, "their average": weights, "undo": weights, "gradients": weights,
+             "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
+    gb = {name: 4 * count / 2**30 for name, count in parts.items()}
+    return (f"memory per rank {sum(gb.values()):.2f} GB (" + ", ".join(f"{k} {x:.2f}" for k, x in gb.items())
+            + ") beside activations, which grow with micro_batch and batch_size")
 
 
 def report(log, show, row):
@@ -514,25 +552,27 @@ def main(argv=None):
     plans = {name: plan for name, plan in plans.items() if c.objective in (name, "both")}
     if "ppo" in plans and not len(plans["ppo"].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
-    model = load(c.ckpt, device)
+    model = attach_vae(load(c.ckpt, device), c.vae)
     check_classes(c.real, model.num_classes)
-    net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
+    nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
+            for name in dict.fromkeys([c.features, *c.judges])}
+    net, judges = nets[c.features], [nets[name] for name in c.judges]
     print0(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
-           + f"; {c.credit} credit in {net.name} ({net.dim}-d)")
+           + f"; {c.credit} credit in {net.name} ({net.dim}-d)\n" + memory_estimate(c, model, net, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
-    num_real = c.num_real if c.real == "tiny" else 0
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
+    num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
+    real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
     if real_train.num and real_train.num <= net.dim:
         fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", 1)
     if c.num:
         samplers = [(c.sampler, c.steps), ("euler", c.steps)]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
-        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
-        real_floor = {} if c.real.endswith(".npz") else real_summaries(
-            c.real, judges, "floor", c.num_prdc, c.num, device)
+        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size)
+        real_floor = {} if is_statistics(c.real) else real_summaries(
+            c.real, judges, "floor", c.num_prdc, c.num, device, size)
         floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
         if real_floor and real_floor[judges[0].name].num < c.num:
             print0(f"note: no floor, as {c.real} has {real_floor[judges[0].name].num} real images for it, not {c.num}")
