@@ -142,29 +142,17 @@ def resize_tf1(x, size):
     return x
 
 
-def fold_batch_norm(state):
-    """{name: (weight, bias)} of convolutions that need no batch norm behind them (eps 1e-3)."""
-    if len(state["fc.bias"]) != 1008:
-        raise ValueError(f"{len(state['fc.bias'])} classes, FID's Inception has 1008")
-    folded = {}
-    for name in [k.removesuffix(".conv.weight") for k in state if k.endswith(".conv.weight")]:
-        gain, bias, mean, var = (state[f"{name}.bn.{k}"].double()
-                                 for k in ("weight", "bias", "running_mean", "running_var"))
-        scale = gain / (var + 1e-3).sqrt()
-        weight = state[f"{name}.conv.weight"].double() * scale.view(-1, 1, 1, 1)
-        folded[name] = weight.float(), (bias - mean * scale).float()
-    return folded
-
-
 def inception(w, x):
     """
     pool_3 of the Inception v3 that FID means (Szegedy et al. 2015, graph of 2015-12-05): x (N, 3, 299, 299) in [-1, 1]
-    => (N, 2048); w from fold_batch_norm. Unlike torchvision's, mean pools leave out the padding, and the last block
+    => (N, 2048); w: its tensors by name. Unlike torchvision's, mean pools leave out the padding, and the last block
     pools by maximum.
     """
     def conv(x, name, stride=1, pad=True):
-        weight, bias = w[name]
-        return F.conv2d(x, weight, bias, stride, [k // 2 for k in weight.shape[2:]] if pad else 0).relu_()
+        weight = w[f"{name}.conv.weight"]
+        x = F.conv2d(x, weight, None, stride, [k // 2 for k in weight.shape[2:]] if pad else 0)
+        norm = (w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *norm, eps=1e-3).relu_()
 
     def chain(x, stem, ends, reduce=False):             # "12": convolutions stem1, stem2; reduce: the last halves
         for end in ends:
@@ -238,10 +226,10 @@ class PublishedNet:
         path, self.hash = published_weights(name, path)
         self.name = name
         self.resize = {"inception": "TF1 bilinear to 299", "dinov2": "bicubic to 224, antialiased, not rounded"}[name]
-        state = read_checkpoint(path)
         try:
-            state = {k: x.float().to(device) for k, x in state.items()}
-            self.w = fold_batch_norm(state) if name == "inception" else state
+            self.w = {k: x.float().to(device) for k, x in read_checkpoint(path).items()}
+            if name == "inception" and len(self.w["fc.bias"]) != 1008:
+                raise ValueError(f"{len(self.w['fc.bias'])} classes, FID's network has 1008, torchvision's 1000")
             self.dim = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
         except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as e:
             fail(f"{path} does not hold {name}: {' '.join(str(e).split())[:200]}; needed: {WEIGHTS[name][0]}", code=1)

@@ -563,7 +563,8 @@ def refuses(f, *args):
 
 
 def test_safetensors_golden(tmp_path):
-    found, exact = models.read_safetensors(path_of("st_dtypes.safetensors")), torch.load(path_of("st_dtypes.pt"), weights_only=True)
+    found = models.read_safetensors(path_of("st_dtypes.safetensors"))
+    exact = torch.load(path_of("st_dtypes.pt"), weights_only=True)
     assert set(found) == set(exact)
     assert all(found[k].dtype == x.dtype and torch.equal(found[k], x) for k, x in exact.items())
     assert "header of 1152921504606846976" in refuses(models.read_safetensors, path_of("st_bad_header.safetensors"))
@@ -571,23 +572,25 @@ def test_safetensors_golden(tmp_path):
 
 
 @pytest.mark.parametrize("header, said", [
-    ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, "bytes 4 to 12"),             # overlap
+    ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, "bytes 4 to 12"),                     # overlap
     ({"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [8, 12])}, "bytes 8 to 12"),             # gap
     ({"a": ("F32", [3], [-12, 0])}, "bytes -12"), ({"a": ("F32", [4], [0, 16])}, "16 bytes"),    # out of bounds
     ({"a": ("F32", [2], [0, 12])}, "bytes 0 to 12"), ({"a": ("F32", [-3], [0, 12])}, "bytes 0"),  # another length
     ({"a": ("F32", [2**60], [0, 2**62])}, "bytes"), ({"a": ("F8", [12], [0, 12])}, "F8"),   # huge; unknown type
     ({"a": ("F32", ["3"], [0, 12])}, "str"), ([], "whole"), ({"a": 3}, "int"), (b"{", "line 1")])
 def test_safetensors_refuses(tmp_path, header, said):
-    if isinstance(header, dict):
-        header = {k: dict(zip(("dtype", "shape", "data_offsets"), v)) if isinstance(v, tuple) else v for k, v in header.items()}
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    if isinstance(header, dict) and isinstance(header["a"], tuple):
+        keys = ("dtype", "shape", "data_offsets")
+        text = json.dumps({name: dict(zip(keys, row)) for name, row in header.items()}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     assert said in refuses(models.read_safetensors, tmp_path / "x.safetensors")
 
 
 def write_vae(path, spelling=str):
-    """golden's VAE, decoys included, as the .safetensors that Stability AI publishes: float16, metadata, its key names."""
-    tensors = {spelling(k): x.half() for k, x in torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True).items()}
+    """golden's VAE, decoys included, as a .safetensors of float16 with metadata."""
+    tensors = torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True)
+    tensors = {spelling(k): x.half() for k, x in tensors.items()}
     ends = np.cumsum([2 * x.numel() for x in tensors.values()]).tolist()
     header = {k: dict(dtype="F16", shape=list(x.shape), data_offsets=[end - 2 * x.numel(), end])
               for (k, x), end in zip(tensors.items(), ends)}
@@ -618,7 +621,8 @@ def test_latent_conventions_golden(tmp_path):
     exact = {"sit": g["sit_uint8"].transpose(0, 3, 1, 2), "edm2": g["edm2_uint8_nchw"]}
     for family, images in exact.items():
         model = latent_model(family)
-        assert "sd-vae-ft-" + {"sit": "ema", "edm2": "mse"}[family] in refuses(sample.decode, model, torch.zeros(1, 4, 4, 4))
+        said = refuses(sample.decode, model, torch.zeros(1, 4, 4, 4))
+        assert "sd-vae-ft-" + {"sit": "ema", "edm2": "mse"}[family] in said
         size = sum(p.numel() for p in model.parameters())
         models.attach_vae(model, path_of("vae_tiny_oldattn.bin"))
         found = sample.decode(model, torch.from_numpy(g[f"{family}_latent"])).numpy()
@@ -631,28 +635,28 @@ def test_latent_conventions_golden(tmp_path):
 
 def test_vae_refuses(tmp_path):
     w = torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True)
-    for change, said in (({"decoder.conv_in.weight": None}, "decoder.conv_in.weight"), ({"decoder.more.weight": torch.zeros(1)}, "137"),
-                         ({"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}, "8"), ({"decoder.conv_in.bias": 3}, "int")):
+    weight = "decoder.conv_in.weight"
+    for change, said in (({weight: None}, weight), ({"decoder.more.weight": torch.zeros(1)}, "137"),
+                         ({weight: torch.zeros(8, 4, 3, 3)}, "8"), ({weight: 3}, "int")):
         torch.save({k: x for k, x in {**w, **change}.items() if x is not None}, tmp_path / "v.bin")
         assert said in refuses(models.read_vae, str(tmp_path / "v.bin"))
     assert "no VAE" in refuses(models.read_vae, str(tmp_path / "none.safetensors"))
     assert "needs no VAE" in mistakes(sample, "--vae", path_of("vae_tiny_oldattn.bin"))[1]
 
 
-INCEPTION = {       # block, or blocks of one shape: layer, channels out, channels in, height, width of the kernel
-    "Conv2d_": "1a_3x3 32 3 3 3, 2a_3x3 32 32 3 3, 2b_3x3 64 32 3 3, 3b_1x1 80 64 1 1, 4a_3x3 192 80 3 3",
-    **{f"Mixed_5{b}.": f"branch1x1 64 {i} 1 1, branch5x5_1 48 {i} 1 1, branch5x5_2 64 48 5 5, branch3x3dbl_1 64 {i} 1 1, "
-       f"branch3x3dbl_2 96 64 3 3, branch3x3dbl_3 96 96 3 3, branch_pool {p} {i} 1 1"
-       for b, i, p in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))},
-    "Mixed_6a.": "branch3x3 384 288 3 3, branch3x3dbl_1 64 288 1 1, branch3x3dbl_2 96 64 3 3, branch3x3dbl_3 96 96 3 3",
-    **{f"Mixed_6{b}.": f"branch1x1 192 768 1 1, branch7x7_1 {c} 768 1 1, branch7x7_2 {c} {c} 1 7, branch7x7_3 192 {c} 7 1, "
-       f"branch7x7dbl_1 {c} 768 1 1, branch7x7dbl_2 {c} {c} 7 1, branch7x7dbl_3 {c} {c} 1 7, branch7x7dbl_4 {c} {c} 7 1, "
-       f"branch7x7dbl_5 192 {c} 1 7, branch_pool 192 768 1 1" for b, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192))},
-    "Mixed_7a.": "branch3x3_1 192 768 1 1, branch3x3_2 320 192 3 3, branch7x7x3_1 192 768 1 1, branch7x7x3_2 192 192 1 7, "
-                 "branch7x7x3_3 192 192 7 1, branch7x7x3_4 192 192 3 3",
-    **{f"Mixed_7{b}.": f"branch1x1 320 {i} 1 1, branch3x3_1 384 {i} 1 1, branch3x3_2a 384 384 1 3, branch3x3_2b 384 384 3 1, "
-       f"branch3x3dbl_1 448 {i} 1 1, branch3x3dbl_2 384 448 3 3, branch3x3dbl_3a 384 384 1 3, "
-       f"branch3x3dbl_3b 384 384 3 1, branch_pool 192 {i} 1 1" for b, i in (("b", 1280), ("c", 2048))},
+INCEPTION = {       # block: its layers, each with channels out, channels in and the kernel if it is not 1x1
+    "Conv2d_": "1a_3x3 32 3 3x3, 2a_3x3 32 32 3x3, 2b_3x3 64 32 3x3, 3b_1x1 80 64, 4a_3x3 192 80 3x3",
+    **{f"Mixed_5{b}.branch": f"1x1 64 {i}, 5x5_1 48 {i}, 5x5_2 64 48 5x5, 3x3dbl_1 64 {i}, 3x3dbl_2 96 64 3x3, "
+       f"3x3dbl_3 96 96 3x3, _pool {p} {i}" for b, i, p in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))},
+    "Mixed_6a.branch": "3x3 384 288 3x3, 3x3dbl_1 64 288, 3x3dbl_2 96 64 3x3, 3x3dbl_3 96 96 3x3",
+    **{f"Mixed_6{b}.branch": f"1x1 192 768, 7x7_1 {c} 768, 7x7_2 {c} {c} 1x7, 7x7_3 192 {c} 7x1, 7x7dbl_1 {c} 768, "
+       f"7x7dbl_2 {c} {c} 7x1, 7x7dbl_3 {c} {c} 1x7, 7x7dbl_4 {c} {c} 7x1, 7x7dbl_5 192 {c} 1x7, _pool 192 768"
+       for b, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192))},
+    "Mixed_7a.branch": "3x3_1 192 768, 3x3_2 320 192 3x3, 7x7x3_1 192 768, 7x7x3_2 192 192 1x7, 7x7x3_3 192 192 7x1, "
+                       "7x7x3_4 192 192 3x3",
+    **{f"Mixed_7{b}.branch": f"1x1 320 {i}, 3x3_1 384 {i}, 3x3_2a 384 384 1x3, 3x3_2b 384 384 3x1, 3x3dbl_1 448 {i}, "
+       f"3x3dbl_2 384 448 3x3, 3x3dbl_3a 384 384 1x3, 3x3dbl_3b 384 384 3x1, _pool 192 {i}"
+       for b, i in (("b", 1280), ("c", 2048))},
 }
 
 
@@ -660,18 +664,23 @@ def inception_weights():
     """The state dict of golden/inception.npz: names and shapes of the published file, values by the README's rule."""
     shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for block, rows in INCEPTION.items():
-        for row in rows.split(", "):
-            layer, *shape = row.split()
-            shapes[f"{block}{layer}.conv.weight"] = tuple(map(int, shape))
-            shapes |= {f"{block}{layer}.bn.{k}": (int(shape[0]),) for k in ("weight", "bias", "running_mean", "running_var")}
+        for layer, channels, *rest in map(str.split, rows.split(", ")):
+            inputs, kernel = rest[0], rest[1] if rest[1:] else "1x1"
+            shapes[f"{block}{layer}.conv.weight"] = tuple(map(int, (channels, inputs, *kernel.split("x"))))
+            for k in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{block}{layer}.bn.{k}"] = (int(channels),)
             shapes[f"{block}{layer}.bn.num_batches_tracked"] = ()
-    rules = {"conv.weight": lambda r, s: r.standard_normal(s) * math.sqrt(2 / math.prod(s[1:])),
-             "bn.weight": lambda r, s: r.uniform(0.7, 1.3, s), "bn.bias": lambda r, s: r.standard_normal(s) * 0.1,
-             "bn.running_mean": lambda r, s: r.standard_normal(s) * 0.1, "bn.running_var": lambda r, s: r.uniform(0.6, 1.4, s),
-             "fc.weight": lambda r, s: r.standard_normal(s) * math.sqrt(1 / 2048), "fc.bias": lambda r, s: r.standard_normal(s) * 0.5,
-             "bn.num_batches_tracked": lambda r, s: np.zeros(s)}
-    draw = lambda k, s: rules[".".join(k.split(".")[-2:])](np.random.RandomState(zlib.crc32(k.encode())), s)
-    return {k: torch.from_numpy(np.asarray(draw(k, s), np.int64 if not s else np.float32)) for k, s in shapes.items()}
+    normal = lambda std: lambda r, shape: r.standard_normal(shape) * std
+    uniform = lambda low, high: lambda r, shape: r.uniform(low, high, shape)
+    rules = {"conv.weight": lambda r, shape: r.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])),
+             "bn.weight": uniform(0.7, 1.3), "bn.bias": normal(0.1), "bn.running_mean": normal(0.1),
+             "bn.running_var": uniform(0.6, 1.4), "bn.num_batches_tracked": lambda r, shape: 0,
+             "fc.weight": normal(np.sqrt(1 / 2048)), "fc.bias": normal(0.5)}
+    weights = {}
+    for k, shape in shapes.items():
+        drawn = rules[".".join(k.split(".")[-2:])](np.random.RandomState(zlib.crc32(k.encode())), shape)
+        weights[k] = torch.from_numpy(np.asarray(drawn, np.float32 if shape else np.int64))
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -683,9 +692,11 @@ def inception_file(tmp_path_factory):
 
 def test_inception_golden(inception_file):
     g, weights = golden("inception.npz"), torch.load(inception_file, weights_only=True)
-    assert sorted(weights) == sorted(g["all_keys"]) and sum(w.numel() for k, w in weights.items() if "running" not in k and w.dim()) == 23850960
+    assert sorted(weights) == sorted(g["all_keys"])
+    assert sum(w.numel() for k, w in weights.items() if "running" not in k and w.dim()) == 23850960
     for k, first, total in zip(g["check_keys"], g["check_first4"], g["check_abs_sum"]):
-        assert np.array_equal(weights[k].flatten()[:4].numpy(), first) and math.isclose(weights[k].double().abs().sum(), total, rel_tol=1e-6)
+        assert np.array_equal(weights[k].flatten()[:4].numpy(), first)
+        assert math.isclose(weights[k].double().abs().sum(), total, rel_tol=1e-6)
     for k in ("up", "down", "to299"):
         exact = g[f"resize_{k}_out"]
         assert error(fid.resize_tf1(torch.from_numpy(g[f"resize_{k}_in"]).float(), exact.shape[2:]), exact) < 1e-6, k
@@ -749,9 +760,9 @@ def test_statistics_refuse(tmp_path):
     eye, mu = np.eye(3), np.zeros(3)
     for stored, said in (
             (dict(mu=mu, sigma=eye, features="tiny2"), "tiny2"), (dict(mu=mu, sigma=eye, hash="bbbb"), "other weights"),
-            (dict(mu=mu, sigma=np.eye(4)), "3-d"), (dict(mu=np.float64(1), sigma=eye), "1-d"), (dict(mu=mu), "mu and sigma"),
+            (dict(mu=mu, sigma=np.eye(4)), "3-d"), (dict(mu=np.float64(1), sigma=eye), "1-d"), (dict(mu=mu), "sigma"),
             (dict(mu=mu * math.nan, sigma=eye), "NaN"), (dict(mu=mu, sigma=eye + np.eye(3, k=1)), "symmetric"),
-            (dict(mu=mu, sigma=np.diag([1., 1, -0.1])), "negative"), (dict(mu=mu.astype("U9"), sigma=np.full((3, 3), "x")), "numbers")):
+            (dict(mu=mu, sigma=np.diag([1., 1, -0.1])), "negative"), (dict(mu=np.array(["x"]), sigma=eye), "numbers")):
         np.savez(path, **stored)
         assert said in refuses(fid.read_statistics, path, net), stored
     np.savez(path, mu=mu, sigma=np.diag([1., 1, 0]), hash="aaaaaaaa", features="tiny", num=7)
@@ -763,36 +774,39 @@ def test_statistics_refuse(tmp_path):
 
 
 def test_latent_model_end_to_end(tmp_path):
-    """The small SiT on latents, with a VAE from a file, and DINOv2 as reward and judge against a file of statistics."""
+    """A SiT on latents with a VAE from a file, and DINOv2 as reward and judge against a file of statistics."""
+    models.save(str(tmp_path / "m.pt"), latent_model("sit"))
     common = ["--vae", write_vae(tmp_path / "v.safetensors"), "--sampler=sigma", "--steps=3"]
     net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
-    assert run(sample, "--ckpt", path_of("sit_tiny.pt"), *common, "--num=70", "--out", tmp_path, "--npz", tmp_path / "s.npz")[0] == 0
-    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (70, 64, 64, 3)
-    code, out, err = run(fid, "--images", tmp_path / "s.npz", *net, "--stats", tmp_path / "s.stats.npz")
+    base, images = ["--ckpt", tmp_path / "m.pt", *common], tmp_path / "s.npz"
+    assert run(sample, *base, "--num=70", "--out", tmp_path, "--npz", images)[0] == 0
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (70, 32, 32, 3)
+    code, out, err = run(fid, "--images", images, *net, "--stats", tmp_path / "stats.npz")
     assert code == 0 and "70 images" in out, err
-    argv = [*common, *net, "--real", tmp_path / "s.stats.npz"]
-    code, out, err = run(train_rl, "--ckpt", path_of("sit_tiny.pt"), *argv, "--judges", "dinov2", "--credit=subset", "--subset=2",
-                         "--reference=20", "--batch=4", "--micro_batch=1", "--iters=1", "--objective=ppo", "--num=4", "--out", tmp_path / "o")
+    argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
+    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--credit=subset", "--subset=2", "--batch=4",
+                         "--reference=20", "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
     assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
-    assert Image.open(tmp_path / "o" / "after.png").size == (4 * 64, 64)
-    code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *argv, "--num=4")
+    assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
+    code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
     assert code == 0 and "cannot fill 64 dimensions" in out, err
     assert "sd-vae-ft-ema" in mistakes(train_rl, "--ckpt", path_of("sit_tiny.pt"))[1]
-    assert "--real" in mistakes(fid, "--ckpt", path_of("sit_tiny.pt"), *common, "--num=4", *net)[1], "the tiny world has 16 pixels"
+    assert "32 pixels, the tiny world has 16" in mistakes(fid, *base, "--num=4", *net)[1]
 
 
 def test_moments_from_a_file(tmp_path):
     """The reward starts from stored moments as from the images behind them: two images are then enough for a step."""
-    drawn = [t.numpy() for t in sample.generate(models.load(), sample.image_seeds(0, "select", range(400)), steps=4, noise=1.2)]
-    np.savez(tmp_path / "i.npz", arr_0=np.concatenate(drawn).transpose(0, 2, 3, 1))
+    images = torch.cat(list(sample.generate(models.load(), sample.image_seeds(0, "select", range(400)), steps=4)))
+    np.savez(tmp_path / "i.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     stats = tmp_path / "s.npz"
     assert run(fid, "--images", tmp_path / "i.npz", "--features=tiny", "--stats", stats)[0] == 0
     net = fid.feature_net("tiny")
     exact, found = reward.Moments(64), train_rl.stored_moments(str(stats), net, "cpu")
-    exact.add(net(torch.from_numpy(np.concatenate(drawn))))
+    exact.add(net(images))
     assert found.effective == exact.effective == 400
     assert all(error(a, b) < 1e-6 for a, b in zip((found.sum, found.outer), (exact.sum, exact.outer)))
-    argv = ["--moments", stats, "--batch=2", "--iters=1", "--objective=ppo", "--memory=0.9", "--num=0", "--num_real=300", "--steps=4"]
+    argv = ["--moments", stats, "--batch=2", "--iters=1", "--objective=ppo", "--memory=0.9", "--num=0", "--num_real=99",
+            "--steps=4"]
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "o")
     assert code == 0, err
     row = json.loads(open(tmp_path / "o" / "log.jsonl").read())
@@ -805,7 +819,8 @@ def test_moments_from_a_file(tmp_path):
 
 def test_images_as_they_are(tmp_path):
     """A network for any size gets a folder's images as they are, and says so when they are of several sizes."""
-    folder, net = make_folder(tmp_path / "f", 10, 0), ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
+    folder = make_folder(tmp_path / "f", 10, 0)
+    net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
     assert "another size" in mistakes(fid, "--real", folder, "--stats", tmp_path / "s.npz", *net)[1]
     assert "does nothing" in mistakes(train_rl, "--features_path=x")[1]
 

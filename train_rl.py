@@ -409,8 +409,8 @@ def check(c, world):
     # An option that would do nothing is a mistake too.
     idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory", "moments"),
             "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every"), f"moments={c.moments}": ("reference",)}
-    for where in [f"credit={c.credit}", f"objective={c.objective}"] + [f"moments={c.moments}"] * bool(c.moments):
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every"), "moments": ("reference",)}
+    for where in (f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
@@ -426,20 +426,23 @@ class Course(NamedTuple):
     lr: float
 
 
-def begin(c, objective, plan, start, labels, real, params):
-    """A Course that starts from a reference set: Moments (credit=image), or features (N, d) and labels (N,)."""
-    if c.credit == "image":
-        reward_of = ImageCredit(start, real, c.memory)
+def begin(c, objective, plan, stored, draw, real, params):
+    """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
+    if stored:
+        reward_of = ImageCredit(stored.copy(), real, c.memory)
+    elif c.credit == "image":
+        reward_of = ImageCredit(Moments(len(real.mu), real.mu.device).add(draw()[0]), real, c.memory)
     else:
-        reward_of = SubsetCredit(start, labels, real, c.subset, c.seed)
+        reward_of = SubsetCredit(*draw(), real, c.subset, c.seed)
     lr = c.lr if objective == "ppo" else c.lr_forward
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
-def train(c, model, net, real, plans):
+def train(c, model, net, real, plans, stored=None):
     """
     The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
-    OUT/log.jsonl. Returns the average of its weights (a model), the images drawn, and the seconds spent by phase.
+    OUT/log.jsonl. The reference set is drawn, or known by its `stored` Moments. Returns the average of the model's
+    weights (a model), the images drawn, and the seconds spent by phase.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
@@ -448,15 +451,10 @@ def train(c, model, net, real, plans):
     params = [p for p in model.parameters() if p.requires_grad]
 
     # The reference sets are drawn by the base, with the first images of the training stream, unless stored.
-    courses, drawn, turns = [], 0, [0] * len(plans)
-    for objective, plan in plans.items():
-        if c.moments:
-            start, labels = stored_moments(c.moments, net, device), None
-        else:
-            start, labels = draw(drawn, plan)
-            start = Moments(net.dim, device).add(start) if c.credit == "image" else start
-            drawn += c.reference
-        courses.append(begin(c, objective, plan, start, labels, real, params))
+    count = 0 if stored else c.reference
+    courses = [begin(c, objective, plan, stored, lambda: draw(i * count, plan), real, params)
+               for i, (objective, plan) in enumerate(plans.items())]
+    drawn, turns = len(courses) * count, [0] * len(courses)
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
@@ -567,6 +565,7 @@ def main(argv=None):
     real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
     if real_train.num and real_train.num <= net.dim:
         fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", 1)
+    stored = stored_moments(c.moments, net, device) if c.moments else None
     if c.num:
         samplers = [(c.sampler, c.steps), ("euler", c.steps)]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
@@ -583,7 +582,7 @@ def main(argv=None):
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
-    average, drawn, phases = train(c, model, net, real_train, plans)
+    average, drawn, phases = train(c, model, net, real_train, plans, stored)
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c))
     print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
