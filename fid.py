@@ -109,7 +109,7 @@ def published_weights(name, path=None):
     file, digest, url = WEIGHTS[name]
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", file)
     found = os.path.join(path, file) if path and os.path.isdir(path) else path or cached
-    if not path and not os.path.isfile(cached) and dist.get_rank() == 0:
+    if not path and not os.path.isfile(cached) and os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             os.makedirs(os.path.dirname(cached), exist_ok=True)
             torch.hub.download_url_to_file(url + file, cached, digest, progress=False)
@@ -379,7 +379,7 @@ def read_statistics(path, net, device="cpu"):
         fail(f"{path} holds NaN or infinite values", code=1)
     if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
         fail(f"{path}: sigma is not symmetric, so it is no covariance", code=1)
-    if torch.linalg.cholesky_ex(cov).info and torch.linalg.eigvalsh(cov)[0] < -1e-6 * cov.diagonal().max():
+    if torch.linalg.cholesky_ex(cov).info and (vals := torch.linalg.eigvalsh(cov))[0] < -1e-5 * vals[-1]:
         fail(f"{path}: sigma has negative eigenvalues, so it is no covariance", code=1)
     return Summary(num, mu.to(device), cov.to(device), None)
 
