@@ -512,7 +512,7 @@ def train(c, model, net, real, plans, stored=None):
             images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
         if it == 0 and rank == 0:
             one = clock[-1] - clock[0]
-            tqdm.write(f"first iteration {one:.1f} s: all {c.iters} in about {one * c.iters / 60:.0f} minutes")
+            tqdm.write(f"first iteration {one:.1f} s: all {c.iters} in about {one * c.iters / 60:.1f} minutes")
     return average.eval(), drawn, phases
 
 
@@ -523,8 +523,8 @@ def memory_estimate(c, model, net, courses, world):
     parts = {"weights": weights, "their average": weights, "undo": weights, "gradients": weights,
              "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
     gb = {name: 4 * count / 2**30 for name, count in parts.items()}
-    return (f"memory per rank {sum(gb.values()):.2f} GB (" + ", ".join(f"{k} {x:.2f}" for k, x in gb.items())
-            + ") beside activations, which grow with micro_batch and batch_size")
+    largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
+    return f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'} beside activations"
 
 
 def report(log, show, row):
