@@ -22,24 +22,27 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, list_images, load,
-                    print0, read_checkpoint, setup, tiny_images, writable)
+from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, list_images, print0,
+                    read_checkpoint, setup, tiny_images, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds, schedule
+from sample import generate, image_seeds, load_guided, schedule
 
 # -----------------------------------------------------------------------------
-ckpt = "" # model to draw from: .pt file or the name of an asset; empty: the tiny base
+ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
 images = "" # judge these instead: folder or zip of images, or .npz with arr_0 (N, H, W, 3) uint8
 num = 0 # images to judge; 0: 50,000 drawn, or all of --images
 real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
 features = "tiny2" # tiny, tiny2, pixels, factors
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
-sampler = "flow" # see sample.py
+sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
 noise = 1.2 # noise level of the sampler
 last = 0.0 # length of its last step; 0: the form's own
-cfg = 1.0 # guidance scale
+cfg = 1.0 # guidance scale; 1: none
+cfg_channels = 0 # guide only the first so many channels; 0: all
+guide = "" # autoguidance: a weaker network in place of the null class
+guidance = 1.4 # its scale
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
@@ -267,7 +270,7 @@ def judge(fake, real, labels=None):
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0.0, cfg=1.0, seed=0, stream="report",
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=1.2, last=0.0, seed=0, stream="report",
              num_prdc=5000, batch_size=250, keep=0):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
@@ -281,7 +284,8 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0
             fail(f"{net.name} features are for images of {net.size} pixels, the model draws {model.shape[-1]}")
     indices = torch.arange(num)[rank::world]
     labels = indices % model.num_classes
-    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, cfg, batch_size, noise, last)
+    sampler = schedule(sampler, steps, noise, last, model.family).sampler
+    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, 1.0, batch_size, noise, last)
     bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
                disable=rank > 0 or None, leave=False)
     shown = []
@@ -324,12 +328,12 @@ def main(argv=None):
              f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
     if c.stream not in ("report", "select"):
         fail(f"unknown stream {c.stream!r}; choose report or select")
-    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     for path in filter(None, (c.json, c.stats)):
         writable(path)
     net = feature_net(c.features, device=device)
-    model = None if c.images else load(c.ckpt, device)
+    model = None if c.images else load_guided(c, device)
     if model:
+        schedule(c.sampler, c.steps, c.noise, c.last, model.family)     # better to know before the real images are read
         check_classes(c.real, model.num_classes)
     role = "select" if c.stream == "select" else "all"
     real_set = real_summaries(c.real, [net], role, c.num_prdc, c.num_real if c.real == "tiny" else 0, device)
@@ -352,7 +356,7 @@ def main(argv=None):
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
     else:
         row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
-                       c.cfg, c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
+                       c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
@@ -361,7 +365,7 @@ def main(argv=None):
     show = lambda key, form: "-" if row[key] is None else format(row[key], form)
     if c.num and c.num <= net.dim:
         print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
-    source = c.images or f"{c.sampler}, {c.steps} steps, seed {c.seed}"
+    source = c.images or f"{row['sampler']}, {c.steps} steps, seed {c.seed}"
     print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
            f"real: {c.real}; {time.time() - began:.0f} s)\n"
            f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
