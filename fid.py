@@ -9,7 +9,6 @@ python fid.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception 
 
 Left out on purpose: Inception score and sFID. Behind torchrun write `torchrun ... -- fid.py --num 50000`.
 """
-import hashlib
 import http.client
 import math
 import os
@@ -26,13 +25,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import (ASSETS, SIZE, FeatureNet, attach_vae, check_classes, configure, fail, gather, image_batches,
-                    image_size, is_statistics, list_images, load, print0, read_checkpoint, setup, tiny_images, writable)
+from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
+                    is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
+                    writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds, schedule
+from sample import generate, image_seeds, load_guided, schedule
 
 # -----------------------------------------------------------------------------
-ckpt = "" # model to draw from: .pt file or the name of an asset; empty: the tiny base
+ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 images = "" # judge these instead: folder or zip of images, or .npz with arr_0 (N, H, W, 3) uint8
 num = 0 # images to judge; 0: 50,000 drawn, or all of --images
@@ -41,11 +41,14 @@ features = "tiny2" # tiny, tiny2, pixels, factors, inception (the one FID means)
 features_path = "" # weights of that network, or their folder; empty: the published file, in torch's cache
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
-sampler = "flow" # see sample.py
+sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
 noise = 1.2 # noise level of the sampler
 last = 0.0 # length of its last step; 0: the form's own
-cfg = 1.0 # guidance scale
+cfg = 1.0 # guidance scale; 1: none
+cfg_channels = 0 # guide only the first so many channels; 0: all
+guide = "" # autoguidance: a weaker network in place of the null class
+guidance = 1.4 # its scale
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
@@ -94,14 +97,6 @@ WEIGHTS = {
     "dinov2": ("dinov2_vitl14_pretrain.pth", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
                "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"),
 }
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def published_weights(name, path=None):
@@ -474,7 +469,7 @@ def judge(fake, real, labels=None):
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0.0, cfg=1.0, seed=0, stream="report",
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=1.2, last=0.0, seed=0, stream="report",
              num_prdc=5000, batch_size=250, keep=0):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
@@ -488,7 +483,8 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0
             fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}")
     indices = torch.arange(num)[rank::world]
     labels = indices % model.num_classes
-    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, cfg, batch_size, noise, last)
+    sampler = schedule(sampler, steps, noise, last, model.family).sampler
+    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, 1.0, batch_size, noise, last)
     bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
                disable=rank > 0 or None, leave=False)
     shown = []
@@ -542,7 +538,6 @@ def main(argv=None):
              f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
     if c.stream not in ("report", "select"):
         fail(f"unknown stream {c.stream!r}; choose report or select")
-    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     for path in filter(None, (c.json, c.stats)):
         writable(path)
     net = feature_net(c.features, c.features_path, device)
@@ -556,8 +551,9 @@ def main(argv=None):
         print0(f"wrote {c.stats}: {found.num} images of {c.images or c.real}, {net.name} features; use it as --real")
         return
 
-    model = None if c.images else attach_vae(load(c.ckpt, device), c.vae)
+    model = None if c.images else load_guided(c, device)
     if model:
+        schedule(c.sampler, c.steps, c.noise, c.last, model.family)     # better to know before the real images are read
         check_classes(c.real, model.num_classes)
     size = image_size(model) if model else None
     real_set = real_summaries(c.real, [net], role, c.num_prdc, num_real, device, size)
@@ -567,7 +563,7 @@ def main(argv=None):
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
     else:
         row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
-                       c.cfg, c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
+                       c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
@@ -576,7 +572,7 @@ def main(argv=None):
     show = lambda key, form: "-" if row[key] is None else format(row[key], form)
     if c.num and c.num <= net.dim:
         print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
-    source = c.images or f"{c.sampler}, {c.steps} steps, seed {c.seed}"
+    source = c.images or f"{row['sampler']}, {c.steps} steps, seed {c.seed}"
     print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
            f"real: {c.real}; {time.time() - began:.0f} s)\n"
            f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "

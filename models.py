@@ -1,17 +1,23 @@
 """
-Everything with weights: SiT, the VAE decoder, the tiny world (procedural images, tiny configurations, tiny feature
-networks and the training of them all), loading and saving, and, in the last section, the plumbing all scripts share.
+Everything with weights: SiT, EDM2, the VAE decoder, the tiny world (procedural images, tiny configurations, tiny
+feature networks and the training of them all), loading and saving, and, in the last section, the plumbing that every
+script shares.
 
-python models.py                                                # make all of assets/ again (hours on two cores)
+python models.py                                                # feature nets and the tiny SiT again (two hours)
+python models.py --only=base --family=edm2                      # the tiny EDM2
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
 python models.py --ckpt sit-tiny --out more.pt --minutes 3      # more pre-training, the plainest rival of RL
 
 Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (a minute to warm up).
 """
+import argparse
 import atexit
 import colorsys
 import copy
 import difflib
+import hashlib
+import http.client
+import io
 import itertools
 import json
 import math
@@ -19,7 +25,10 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import time
+import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from datetime import timedelta
@@ -37,6 +46,7 @@ from tqdm import tqdm
 real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
 out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file, for example base.pt
 ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
+family = "sit" # network of a new base: sit, edm2
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
 images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
 batch_size = 256 # images per pre-training update
@@ -187,6 +197,186 @@ def init_sit(model):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
+
+
+# ---- EDM2 -----------------------------------------------------------------------------------------------------------
+
+EDM2_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=8, channel_mult=[1, 2, 4],
+                 channel_mult_noise=4, num_blocks=1, attn_resolutions=[4], channels_per_head=16)
+
+
+def normalize(x, dim, eps=1e-4):
+    """x over its root mean square along `dim`: unit magnitude."""
+    return x / (x.square().mean(dim, keepdim=True).sqrt() + eps)
+
+
+def mp_silu(x):
+    """SiLU that keeps unit magnitude. Karras et al. 2024, eq. 81."""
+    return F.silu(x).div_(0.596)
+
+
+def mp_sum(a, b, t):
+    """Weighted sum that keeps unit magnitude, eq. 88."""
+    return a.lerp(b, t).div_(math.hypot(1 - t, t))
+
+
+def mp_cat(a, b):
+    """Concatenation of channels in which both inputs weigh the same, eq. 103 with t = 0.5."""
+    Na, Nb = a.shape[1], b.shape[1]
+    C = math.sqrt((Na + Nb) / 2)
+    return torch.cat([C / math.sqrt(Na) * a, C / math.sqrt(Nb) * b], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of unit magnitude, eq. 75: (B,) => (B, D)."""
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(width))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(width))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x[:, None] * self.freqs + self.phases)
+
+
+class MPConv(nn.Module):
+    """
+    Convolution, or a linear layer if size is 0, by filters of unit norm: only the direction of the weight counts, eq. 66.
+    Without gradients the filters are computed once for each value of the weight. Its version tells of every write but
+    one through .data, its sum of that one as well, so that a stale filter cannot be met.
+    """
+    def __init__(self, cin, cout, size=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, size, size) if size else torch.randn(cout, cin))
+        self.seen, self.kept = None, None
+
+    def filters(self):
+        w = self.weight
+        if torch.is_grad_enabled() and w.requires_grad:
+            return self.normalized() / math.sqrt(w[0].numel())
+        now = w._version, w.dtype, w.device, w.sum().item()
+        if now != self.seen:
+            self.seen, self.kept = now, self.normalized().detach() / math.sqrt(w[0].numel())
+        return self.kept
+
+    def normalized(self):
+        return normalize(self.weight.flatten(1), 1).view_as(self.weight)
+
+    def forward(self, x, gain=None):    # (B, cin, ...) => (B, cout, ...)
+        w = self.filters() if gain is None else self.filters() * gain
+        return x @ w.T if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class UNetBlock(nn.Module):
+    def __init__(self, cin, cout, cemb, decoder=False, resample="", heads=0):
+        super().__init__()
+        self.decoder, self.resample, self.heads = decoder, resample, heads
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(cin if decoder else cout, cout, 3)
+        self.emb_linear = MPConv(cemb, cout)
+        self.conv_res1 = MPConv(cout, cout, 3)
+        self.conv_skip = MPConv(cin, cout, 1) if cin != cout else nn.Identity()
+        if heads:
+            self.attn_qkv = MPConv(cout, 3 * cout, 1)
+            self.attn_proj = MPConv(cout, cout, 1)
+
+    def forward(self, x, emb):          # x (B, cin, H, W), emb (B, cemb) => (B, cout, H, W), resampled
+        if self.resample:
+            x = F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
+        if not self.decoder:
+            x = normalize(self.conv_skip(x), 1)
+        c = self.emb_linear(emb, self.emb_gain) + 1
+        y = self.conv_res0(mp_silu(x))
+        y = self.conv_res1(mp_silu(y * c[:, :, None, None]))
+        x = mp_sum(self.conv_skip(x) if self.decoder else x, y, 0.3)
+        if self.heads:
+            x = mp_sum(x, self.attn_proj(self.attend(x)), 0.3)
+        return x.clamp(-256, 256)
+
+    def attend(self, x):
+        B, C, H, W = x.shape
+        qkv = self.attn_qkv(x).view(B, self.heads, C // self.heads, 3, H * W)           # q, k, v innermost of channels
+        q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2)                              # each (B, heads, HW, channels)
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+
+
+class UNet(nn.Module):
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+                 channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
+                 channels_per_head=64):
+        super().__init__()
+        widths = [model_channels * m for m in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
+        self.label_dim = label_dim
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb)
+        self.emb_label = MPConv(label_dim, cemb) if label_dim else None
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        heads = lambda resolution, width: width // channels_per_head if resolution in attn_resolutions else 0
+        skips, x = [], img_channels + 1                                 # x: channels so far; one is constant
+        for level, width in enumerate(widths):
+            R = img_resolution >> level
+            if level == 0:
+                self.enc[f"{R}x{R}_conv"] = MPConv(x, width, 3)
+                x = width
+            else:
+                self.enc[f"{R}x{R}_down"] = UNetBlock(x, x, cemb, resample="down")
+            skips.append(x)
+            for i in range(num_blocks):
+                self.enc[f"{R}x{R}_block{i}"] = UNetBlock(x, width, cemb, heads=heads(R, width))
+                x = width
+                skips.append(x)
+        for level, width in reversed(list(enumerate(widths))):
+            R = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{R}x{R}_in0"] = UNetBlock(x, x, cemb, decoder=True, heads=x // channels_per_head)
+                self.dec[f"{R}x{R}_in1"] = UNetBlock(x, x, cemb, decoder=True)
+            else:
+                self.dec[f"{R}x{R}_up"] = UNetBlock(x, x, cemb, decoder=True, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{R}x{R}_block{i}"] = UNetBlock(x + skips.pop(), width, cemb, decoder=True, heads=heads(R, width))
+                x = width
+        self.out_conv = MPConv(x, img_channels, 3)
+
+    def forward(self, x, noise, y):
+        emb = self.emb_noise(self.emb_fourier(noise))
+        if self.label_dim:              # the last column of one_hot is the null class: a row of zeros
+            label = F.one_hot(y, self.label_dim + 1)[:, :-1].to(x.dtype) * math.sqrt(self.label_dim)
+            emb = mp_sum(emb, self.emb_label(label), 0.5)
+        emb = mp_silu(emb)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)  # faster
+        skips = []
+        for block in self.enc.values():
+            x = block(x) if isinstance(block, MPConv) else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(mp_cat(x, skips.pop()) if "block" in name else x, emb)
+        return self.out_conv(x, self.out_gain)
+
+
+class EDM2(nn.Module):
+    """
+    Karras et al. 2024, with official parameter names and arguments; those the official file leaves out have its
+    defaults. x (B, C, H, W), sigma (B,), y (B,) => denoised like x. The plain float32 network: weights stored in
+    float16 are cast first, where the official code rounds the quotient of a float16 gain (a difference of 1e-4).
+    """
+    family = "edm2"
+
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128, **unet):
+        super().__init__()
+        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+                                sigma_data=sigma_data, logvar_channels=logvar_channels, **unet)
+        self.shape = (img_channels, img_resolution, img_resolution)
+        self.num_classes, self.sigma_data = label_dim or 1, sigma_data      # without labels all images are of one class
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
+        self.logvar_fourier = MPFourier(logvar_channels)                    # kept for the file, used by nothing here
+        self.logvar_linear = MPConv(logvar_channels, 1).requires_grad_(False)
+
+    def forward(self, x, sigma, y):
+        s, sd = sigma.view(-1, 1, 1, 1), self.sigma_data
+        total = (s**2 + sd**2).sqrt()
+        return (sd / total)**2 * x + s * sd / total * self.unet(x / total, sigma.log() / 4, y)
 
 
 # ---- VAE decoder ----------------------------------------------------------------------------------------------------
@@ -437,6 +627,7 @@ def train_features(name, seed, updates=12000, batch=128):
 TRAINING_IMAGES = 200_000       # a fixed set: the tiny base cannot memorise it, and drawing it takes 15 seconds
 EMA_STDS = (0.05, 0.10)         # lengths of the two tracked averages, as a share of the training so far
 BASE_EMA = 0.05                 # the one that becomes the base
+SIGMA_MEAN, SIGMA_STD = -0.8, 1.6       # of ln sigma in EDM2's training
 
 
 def ema_exponent(std):
@@ -445,9 +636,25 @@ def ema_exponent(std):
     return roots.real.max()
 
 
+def renoise(model, x1, noise, uniform):
+    """
+    What a network is trained on: clean x1 (B, C, H, W) and standard normal noise like it, mixed at times drawn by
+    uniform (B,) in [0, 1). Returns x_t, t (B,), target u of the network, and the weight (B,) of |network - u|^2 that
+    makes it the error of an output of unit variance.
+    SiT: u = x1 - x0. EDM2: u = x1, and as D = c_skip x + c_out F, |dF|^2 = |dD|^2 / c_out^2: weight 1 / c_out^2.
+    """
+    if model.family == "sit":
+        t = uniform.view(-1, 1, 1, 1)
+        return t * x1 + (1 - t) * noise, uniform, x1 - noise, torch.ones_like(uniform)
+    sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))).exp()
+    weight = (sigma**2 + model.sigma_data**2) / (sigma * model.sigma_data) ** 2
+    return x1 + sigma.view(-1, 1, 1, 1) * noise, sigma, x1, weight
+
+
 def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0.0):
     """
-    Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`.
+    Flow matching (SiT) or denoising (EDM2) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for
+    `minutes`. EDM2's stored weights are normalised after every update (Karras et al. 2024, sec. 2.3).
     Two power-function averages of the weights are tracked; snapshot(images_seen, {std: model}) is called at every
     eighth of the run. The rate falls as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
     """
@@ -457,21 +664,24 @@ def pretrain(model, x, y, seed, lr, lr_knee, batch, snapshot, total=0, minutes=0
     averages = {std: copy.deepcopy(model).requires_grad_(False).eval() for std in EMA_STDS}
     pairs = {std: ([q for q, p in zip(a.parameters(), model.parameters()) if p.requires_grad], ema_exponent(std))
              for std, a in averages.items()}
+    convs = [m for m in model.modules() if isinstance(m, MPConv) and m.weight.requires_grad]
     seen, eighths, began = 0, 0, time.time()
     bar = tqdm(total=total or None, desc="pre-training", unit="image", mininterval=5, disable=None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k].float() / 127.5 - 1
-        x0 = torch.randn(x1.shape, generator=rng)
-        t = torch.rand(batch, generator=rng)
+        noise, uniform = torch.randn(x1.shape, generator=rng), torch.rand(batch, generator=rng)
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
-        xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
-        loss = (model(xt, t, labels) - (x1 - x0)).square().mean()
+        xt, t, u, weight = renoise(model, x1, noise, uniform)
+        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).mean()
         optimizer.zero_grad()
         loss.backward()
         seen += batch
         optimizer.param_groups[0]["lr"] = lr * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
         optimizer.step()
+        with torch.no_grad():
+            for m in convs:
+                m.weight.copy_(m.normalized())
         for slow, gamma in pairs.values():
             torch._foreach_lerp_(slow, params, 1 - (1 - batch / seen) ** (gamma + 1))
         bar.update(batch)
@@ -558,45 +768,222 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
 
 # ---- Load and save --------------------------------------------------------------------------------------------------
 
+def refusal(e):
+    """Why a file was refused, in a few words: the global it asked for, or the kind of damage."""
+    asked = re.search(r"GLOBAL (\S+)", str(e))
+    return f"it asks for {asked[1]!r}, which is not run" if asked else f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
+
+
 def read_checkpoint(path):
     """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is no checkpoint."""
     if not os.path.isfile(path):
-        fail(f"no checkpoint {path!r}; needed: a .pt file, or the name of one in {ASSETS}")
+        fail(f"no checkpoint {path!r}; needed: a .pt or .pkl file, its URL, or the name of one in {ASSETS}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # SiT's train.py keeps its arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
             OSError) as e:
-        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({type(e).__name__})", code=1)
+        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({refusal(e)})", code=1)
+
+
+# Globals that official .pkl files name. None is imported or called: restore() knows what each would have made.
+ADMITTED = {
+    "collections.OrderedDict", "dnnlib.util.EasyDict", "torch_utils.persistence._reconstruct_persistent_obj",
+    "torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ModuleList", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+    "torch.storage._load_from_bytes", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct"}
+
+
+class Record(dict):
+    """What stands in a pickle for a call of a global: its arguments, items and state. Nothing is called."""
+    args, state = (), None
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class RecordReader(pickle._Unpickler):      # the one in C allocates gigabytes for a wrong byte
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in ADMITTED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return type(name, (Record,), {})
+
+
+def restore(x, done):
+    """Records as dicts, arrays and tensors; done {id: result} makes shared parts once."""
+    if not isinstance(x, (dict, list, tuple)):
+        return x
+    if id(x) not in done:
+        kind = type(x).__name__
+        if isinstance(x, (list, tuple)):
+            found = type(x)(restore(v, done) for v in x)
+        elif kind in ("dict", "OrderedDict", "EasyDict"):
+            found = {k: restore(v, done) for k, v in x.items()}
+        elif kind in ("_reconstruct_persistent_obj", "_rebuild_parameter", "_rebuild_parameter_with_state"):
+            found = restore(x.args[0], done)
+        elif kind in ("ModuleDict", "ModuleList", "Parameter"):
+            found = dict(class_name=kind, state=restore(x.state, done))
+        elif kind == "_load_from_bytes":
+            storage = torch.load(io.BytesIO(x.args[0]), map_location="cpu", weights_only=True)
+            found = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+        elif kind == "_rebuild_tensor_v2":
+            flat, (offset, size, stride) = restore(x.args[0], done), x.args[1:4]
+            if math.prod(size) > len(flat):
+                raise ValueError(f"a tensor of shape {size} from {len(flat)} values")
+            found = flat.as_strided(size, stride, offset)
+        elif kind == "_reconstruct":
+            _, shape, dtype, fortran, data = x.state
+            if not re.fullmatch(r"[fiu][1248]|b1", dtype.args[0]) or dtype.state[1] not in "<>|":
+                raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({dtype.args[0]!r})")
+            values = np.frombuffer(data, dtype.state[1] + dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+            found = values.astype(values.dtype.newbyteorder("="))
+        else:
+            raise ValueError(f"{kind} out of its place")
+        done[id(x)] = found
+    return done[id(x)]
+
+
+def read_pickle(path):
+    """
+    What is in an official .pkl (a network of EDM2, statistics), as dicts, lists, numpy arrays and tensors; an object is
+    a dict with class_name and state. Runs no code: any global beyond the ADMITTED ends the script with its name.
+    """
+    if not os.path.isfile(path):
+        fail(f"no file {path!r}; needed: a .pkl as EDM2 writes it")
+    try:
+        with open(path, "rb") as f:
+            return restore(RecordReader(f).load(), {})
+    except Exception as e:                  # a damaged pickle can raise anything
+        fail(f"{path} is refused: {refusal(e)}", code=1)
+
+
+def fetch(url):
+    """
+    Path of the file behind a URL (https or file), which is downloaded once, into ~/.cache or $XDG_CACHE_HOME. Its
+    sha256 is printed, and checked if the URL ends in #sha256=HEX. On several ranks the first of each machine downloads.
+    """
+    address, mark, wanted = url.partition("#")
+    if mark and not re.fullmatch(r"sha256=[0-9a-f]{64}", wanted):
+        fail(f"{url}: behind # needed is sha256= and 64 hexadecimal digits")
+    name = os.path.basename(urllib.parse.urlsplit(address).path)
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distribution-wise-rewards")
+    path = os.path.join(folder, f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}")
+    if not os.path.isfile(path) and os.environ.get("LOCAL_RANK", "0") == "0":
+        writable(path)
+        download(address, path)
+    if dist.is_initialized():
+        dist.barrier()
+    digest = sha256(path)
+    print0(f"{path}: sha256 {digest}")
+    if mark and wanted != f"sha256={digest}":
+        fail(f"{path} has sha256 {digest}, not {wanted[7:]}; delete it to download it again", code=1)
+    return path
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(address, path):
+    """Copy what is behind a URL to `path`, atomically."""
+    try:
+        with urllib.request.urlopen(address, timeout=60) as source, \
+                tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            size, part = int(source.headers.get("Content-Length") or 0), os.path.join(folder, "part")
+            bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True, disable=None)
+            with bar, open(part, "wb") as f:
+                while chunk := source.read(2**20):
+                    bar.update(f.write(chunk))
+            came = os.path.getsize(part)
+            if came < size:
+                raise OSError(f"{came} of {size} bytes came")
+            os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        fail(f"cannot download {address} ({str(e)[:80]}); bring the file here and give its path instead", code=1)
 
 
 def load(path="", device="cpu"):
     """
-    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or one of ours.
-    It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes, which is the null class.
+    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or EDM2 .pkl, one
+    of ours, or the URL of one. It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes,
+    which is the null class.
     """
     asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
-    path = asset if os.path.isfile(asset) else path
+    path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
+    if path.endswith(".pkl"):
+        parts = read_pickle(path)
+        try:
+            state, init_kwargs = module_tensors(parts["ema"]), parts["ema"]["state"]["_init_kwargs"]
+        except (LookupError, TypeError, AttributeError) as e:
+            fail(f"{path} holds no network of EDM2 under 'ema' ({type(e).__name__}: {e})", code=1)
+        return filled(lambda: edm2_like(state, init_kwargs), state, path).to(device).eval()
     parts = read_checkpoint(path)
     state = parts.get("ema", parts) if isinstance(parts, dict) else None
-    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
-        fail(f"{path} holds no SiT: needed is a dict of its weights, flat or under 'ema'", code=1)
-    model = sit_like(state, parts.get("heads"), path)
-    return model.to(device).eval()
+    if isinstance(state, dict) and "x_embedder.proj.weight" in state:
+        make = lambda: sit_like(state, parts.get("heads"))
+    elif isinstance(state, dict) and "init_kwargs" in parts:
+        make = lambda: edm2_like(state, parts["init_kwargs"])
+    else:
+        fail(f"{path} holds neither a SiT nor an EDM2: needed is a dict of weights, flat or under 'ema'", code=1)
+    return filled(make, state, path).to(device).eval()
 
 
-def sit_like(state, heads, path):
-    """The SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+def module_tensors(module, prefix=""):
+    """{name: tensor} of a module that read_pickle returned, as its state_dict would be."""
+    state = module["state"]
+    found = {prefix + k: v for kind in ("_parameters", "_buffers") for k, v in state.get(kind, {}).items()}
+    for name, child in state.get("_modules", {}).items():
+        if child is not None:
+            found.update(module_tensors(child, f"{prefix}{name}."))
+    return found
+
+
+def sit_like(state, heads):
+    """A SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+    width, C, patch, _ = state["x_embedder.proj.weight"].shape
+    grid = math.isqrt(state["pos_embed"].shape[1])
+    num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    rows = state["final_layer.linear.weight"].shape[0]
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    if depth > len(state):
+        raise ValueError(f"{depth} blocks, but {len(state)} tensors")
+    heads = heads or {w: h for _, w, h in SIT_SIZES.values()}.get(width)
+    if not heads:
+        raise ValueError(f"SiT has no official number of heads for width {width}")
+    return SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
+
+
+def edm2_like(state, init_kwargs):
+    """An EDM2 of the arguments in its file, but those of training (dropout) and of GPUs (use_fp16)."""
+    sizes = {k: v for k, v in init_kwargs.items() if k not in ("dropout", "use_fp16")}
+    if sizes.get("num_blocks", 3) * len(sizes.get("channel_mult", ())) > len(state):
+        raise ValueError(f"{sizes['num_blocks']} blocks, but {len(state)} tensors")
+    return EDM2(**sizes)
+
+
+def filled(make, state, path):
+    """The network that make() returns, built without memory and then given the tensors in `state`, in float32."""
     try:
-        width, C, patch, _ = state["x_embedder.proj.weight"].shape
-        grid = math.isqrt(state["pos_embed"].shape[1])
-        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        rows = state["final_layer.linear.weight"].shape[0]
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        heads = heads or {w: h for _, w, h in SIT_SIZES.values()}[width]
-        model = SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
-        model.load_state_dict({k: v.float() for k, v in state.items()})
-    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
-        fail(f"{path} is not a SiT: {' '.join(str(e).split())[:200]}", code=1)
+        with torch.device("meta"):
+            model = make()
+        wanted, shapes = model.state_dict(), {k: v.shape for k, v in state.items()}
+        wrong = {"lacks": [k for k in wanted if k not in shapes], "does not know": [k for k in shapes if k not in wanted],
+                 "needs another shape of": [k for k in wanted if k in shapes and shapes[k] != wanted[k].shape]}
+        said = [f"{verb} {len(keys)} ({', '.join(keys[:3])}{', ..' * (len(keys) > 3)})" for verb, keys in wrong.items() if keys]
+        if said:
+            raise ValueError(f"of its {len(wanted)} tensors {type(model).__name__} " + ", ".join(said))
+        model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+    except Exception as e:                  # sizes out of a file can be anything
+        kind = "lacks " if isinstance(e, KeyError) else ""
+        fail(f"{path} is not a network this version knows: {kind}{' '.join(str(e).split())[:300]}", code=1)
     return model
 
 
@@ -611,9 +998,14 @@ def write(path, parts):
 
 
 def save(path, model, dtype=None, **extra):
-    """A checkpoint that load() and SiT's own code (under 'ema') read; dtype torch.float16 halves it. Atomic."""
-    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
-    write(path, dict(ema=state, heads=model.blocks[0].attn.heads, **extra))
+    """
+    A checkpoint that load() reads, and SiT's own code (under 'ema'); dtype torch.float16 halves it (not the buffers:
+    they are the frequencies of EDM2's embedding). Atomic.
+    """
+    params = dict(model.named_parameters())
+    state = {k: v.to(dtype if dtype and k in params else v.dtype) for k, v in model.state_dict().items()}
+    sizes = dict(heads=model.blocks[0].attn.heads) if model.family == "sit" else dict(init_kwargs=model.init_kwargs)
+    write(path, dict(ema=state, **sizes, **extra))
 
 
 # ---- What every script shares: command line, process group, printing ------------------------------------------------
@@ -740,13 +1132,15 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if c.only not in ("all", "features", "base"):
         fail(f"only {c.only!r}: choose all, features or base")
+    if c.family not in ("sit", "edm2"):
+        fail(f"family {c.family!r}: choose sit or edm2")
     if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
              "none may be negative, images and batch_size at least 1")
     make_assets = c.real == "tiny" and not c.ckpt
     if not make_assets and not c.out.endswith(".pt"):
         fail(f"--out={c.out}: this makes one base, so one file is needed, for example --out base.pt")
-    path = os.path.join(c.out, "sit-tiny.pt") if make_assets else c.out
+    path = os.path.join(c.out, f"{c.family}-tiny.pt") if make_assets else c.out
     writable(path)
     setup()
 
@@ -792,11 +1186,16 @@ def main(argv=None):
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
     torch.manual_seed(c.seed)
-    model = load(c.ckpt) if c.ckpt else init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    if c.ckpt:
+        model = load(c.ckpt)
+    elif c.family == "sit":
+        model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    else:
+        model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
     check_classes(c.real, model.num_classes)
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
     pretrain(model, x, y, c.seed, c.lr, c.lr_knee, c.batch_size, snapshot, c.images, minutes)
-    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, sit-tiny, "
+    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, {model.family}-tiny, "
           f"{num_classes} classes; next: python train_rl.py --ckpt {path} --real {c.real}")
 
 

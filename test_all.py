@@ -234,7 +234,7 @@ def test_sit_golden():
         out = model(*(torch.from_numpy(g[k]) for k in ("x", "t", "y")))
         x, t, y = (torch.from_numpy(g[k]) for k in ("cfg_x", "cfg_t", "cfg_y"))
         n = len(x) // 2
-        guided = sample.velocity(model, x[:n], t[:n], y[:n], float(g["cfg_scale"]), cfg_channels=3)
+        guided = sample.Guided(model, float(g["cfg_scale"]), 3)(x[:n], t[:n], y[:n])
     assert error(out, g["out"]) < 3e-6
     assert error(guided, g["cfg_out"][:n]) < 3e-6
 
@@ -367,7 +367,7 @@ def test_surrogate_gradient_is_that_of_the_expected_reward():
                 advantage=weights * reward_of(x_next.flatten()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)       # the loss in float64, for the finite difference
-        loss, _, _ = train_rl.ppo_loss(model, part, None, plan, 1.0, 0.2)
+        loss, _, _ = train_rl.ppo_loss(model, part, None, plan, 0.2)
     loss.sum().backward()
     for i in range(2):
         h = torch.zeros(2, dtype=torch.float64)
@@ -379,7 +379,7 @@ def test_surrogate_gradient_is_that_of_the_expected_reward():
 def rolled_out(n=20, name="flow"):
     model, plan = models.load(), sample.schedule(name, 4)
     indices = torch.arange(n)
-    states, velocities = train_rl.roll_out(model, indices, indices % 10, plan, 0, 1.0, 250)
+    states, velocities = train_rl.roll_out(model, indices, indices % 10, plan, 0, 250)
     return model, plan, indices % 10, states, velocities
 
 
@@ -387,11 +387,11 @@ def test_ratio_is_one_before_the_first_update():
     model, plan, labels, states, _ = rolled_out()
     pairs = train_rl.ppo_pairs(states, labels, torch.ones(20), plan, 0, torch.Generator(), 0, 1)
     assert len(pairs["y"]) == 20 * 3
-    loss, log_p, clipped = train_rl.ppo_loss(model, pairs, None, plan, 1.0, 1e-4)
+    loss, log_p, clipped = train_rl.ppo_loss(model, pairs, None, plan, 1e-4)
     assert (loss == -1).all() and clipped == 0
-    again, _, clipped = train_rl.ppo_loss(model, pairs, log_p, plan, 1.0, 1e-4)
+    again, _, clipped = train_rl.ppo_loss(model, pairs, log_p, plan, 1e-4)
     assert (again == -1).all() and clipped == 0
-    assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 1.0, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
+    assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
 
 
 def test_pairs_hold_what_the_sampler_did():
@@ -407,8 +407,8 @@ def test_pairs_hold_what_the_sampler_did():
 
 def test_path_kl_of_a_known_change():
     model, plan, labels, states, velocities = rolled_out()
-    assert train_rl.path_kl(model, states, velocities, labels, plan, 1.0) < 1e-6
-    moved = train_rl.path_kl(model, states, velocities + 0.1, labels, plan, 1.0)
+    assert train_rl.path_kl(model, states, velocities, labels, plan) < 1e-6
+    moved = train_rl.path_kl(model, states, velocities + 0.1, labels, plan)
     exact = sum(plan.kappa[k].item() * 0.01 * 768 for k in plan.noisy)
     assert math.isclose(moved, exact, rel_tol=1e-4)
     x, v, k = states[1], velocities[1], 1
@@ -450,12 +450,12 @@ def test_subset_credit_is_the_exact_gain_and_keeps_labels():
 
 def test_forward_objective_moves_towards_good_images():
     model, plan, labels, states, _ = rolled_out(30, "euler")
-    pairs = train_rl.forward_pairs(states, labels, torch.ones(30), 2, torch.Generator().manual_seed(0), 0, 1)
+    pairs = train_rl.forward_pairs(model, states, labels, torch.ones(30), 2, torch.Generator().manual_seed(0), 0, 1)
     assert len(pairs["y"]) == 60
     xt = pairs["t"].view(-1, 1, 1, 1) * states[-1].repeat(2, 1, 1, 1)
     assert torch.allclose((pairs["x"] - xt) / (1 - pairs["t"]).view(-1, 1, 1, 1),
                           states[-1].repeat(2, 1, 1, 1) - pairs["u"], atol=1e-3)
-    loss, old, _ = train_rl.forward_loss(model, pairs, None, 1.0, 1.0)
+    loss, old, _ = train_rl.forward_loss(model, pairs, None, 1.0)
     loss.mean().backward()
     with torch.no_grad():
         fit = lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean()
