@@ -112,7 +112,7 @@ def published_weights(name, path=None):
             os.makedirs(os.path.dirname(cached), exist_ok=True)
             torch.hub.download_url_to_file(url + file, cached, digest, progress=False)
         except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
-            fail(f"cannot download {url}{file} ({str(e)[:120]}); bring it to {cached}, or name it with --features_path")
+            fail(f"cannot download {url}{file} ({str(e)[:80]}); bring it to {cached}, or name it by --features_path", 1)
     if not path:
         dist.barrier()                      # the other ranks wait for the download
     if not os.path.isfile(found):

@@ -522,10 +522,7 @@ def train(c, model, net, real, plans, stored=None):
         report(log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
             it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
             kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
-            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
-        if it == 0 and rank == 0:
-            one = clock[-1] - clock[0]
-            tqdm.write(f"first iteration {one:.1f} s: all {c.iters} in about {one * c.iters / 60:.1f} minutes")
+            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds), c.iters)
     return average.eval(), drawn, phases
 
 
@@ -540,8 +537,8 @@ def memory_estimate(c, model, net, courses, world):
     return f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'} beside activations"
 
 
-def report(log, show, row):
-    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file."""
+def report(log, show, row, iters):
+    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file. The first tells the time."""
     if log is None:
         return
     log.write(dumps(row) + "\n")
@@ -551,6 +548,9 @@ def report(log, show, row):
         tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} "
                    f"+- {row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
                    f"{row['images_per_second']:6.0f} images/s")
+    if row["it"] == 0:
+        seconds = sum(row["seconds"].values())
+        tqdm.write(f"first iteration {seconds:.1f} s: all {iters} in about {seconds * iters / 60:.1f} minutes")
 
 
 def main(argv=None):
