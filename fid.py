@@ -5,9 +5,11 @@ python fid.py --num 50000                                       # the tiny base:
 python fid.py --ckpt out/train_rl/ckpt.pt --num 10000
 python fid.py --images FOLDER --real FOLDER                     # a folder, a zip or an .npz of images
 python fid.py --real FOLDER --stats real.npz                    # write statistics, to be used as --real real.npz
+python fid.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real VIRTUAL_imagenet256_labeled.npz
 
 Left out on purpose: Inception score and sFID. Behind torchrun write `torchrun ... -- fid.py --num 50000`.
 """
+import http.client
 import math
 import os
 import sys
@@ -20,30 +22,37 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import (ASSETS, FeatureNet, check_classes, configure, fail, gather, image_batches, list_images, load,
-                    print0, read_checkpoint, setup, tiny_images, writable)
+from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
+                    is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
+                    writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds, schedule
+from sample import generate, image_seeds, load_guided, schedule
 
 # -----------------------------------------------------------------------------
-ckpt = "" # model to draw from: .pt file or the name of an asset; empty: the tiny base
+ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 images = "" # judge these instead: folder or zip of images, or .npz with arr_0 (N, H, W, 3) uint8
 num = 0 # images to judge; 0: 50,000 drawn, or all of --images
-real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
-features = "tiny2" # tiny, tiny2, pixels, factors
+real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
+features = "tiny2" # tiny, tiny2, pixels, factors, inception (the one FID means), dinov2 (FD-DINOv2)
+features_path = "" # weights of that network, or their folder; empty: the published file, in torch's cache
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
-sampler = "flow" # see sample.py
+sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
 noise = 1.2 # noise level of the sampler
 last = 0.0 # length of its last step; 0: the form's own
-cfg = 1.0 # guidance scale
+cfg = 1.0 # guidance scale; 1: none
+cfg_channels = 0 # guide only the first so many channels; 0: all
+guide = "" # autoguidance: a weaker network in place of the null class
+guidance = 1.4 # its scale
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
-stats = "" # write the statistics of --real to this .npz and stop
+stats = "" # write the statistics of --real, or of --images if given, to this .npz and stop
 json = "" # also write the numbers to this file
 # -----------------------------------------------------------------------------
 
@@ -52,7 +61,7 @@ json = "" # also write the numbers to this file
 
 class Pixels:
     """Raw pixels in [-1, 1]: a view that no network learned."""
-    name, size, dim = "pixels", 16, 768
+    name, size, dim, hash, resize = "pixels", SIZE, 768, "", "none"
 
     def __call__(self, images):
         return images.float().flatten(1) / 127.5 - 1
@@ -63,7 +72,7 @@ class MeasuredFactors:
     What can be measured in an image without a network: amount of ink, centre (x, y), spread, brightness and hue (as
     cos, sin), each roughly of unit variance in the tiny world.
     """
-    name, size, dim = "factors", 16, 7
+    name, size, dim, hash, resize = "factors", SIZE, 7, "", "none"
 
     def __call__(self, images):
         x = images.float() / 255
@@ -81,18 +90,179 @@ class MeasuredFactors:
         return torch.stack(columns, dim=1)
 
 
+# Published networks: file, sha256 or its beginning, where it comes from.
+WEIGHTS = {
+    "inception": ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
+                  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"),
+    "dinov2": ("dinov2_vitl14_pretrain.pth", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+               "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"),
+}
+
+
+def published_weights(name, path=None):
+    """
+    Path and sha256 of a published network's weights. path: a file or a folder of the user's, whose hash may differ (a
+    note says so); without one the file in torch's cache, downloaded if need be, whose hash may not.
+    """
+    file, digest, url = WEIGHTS[name]
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    found = os.path.join(path, file) if path and os.path.isdir(path) else path or cached
+    if not path and not os.path.isfile(cached) and os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            os.makedirs(os.path.dirname(cached), exist_ok=True)
+            torch.hub.download_url_to_file(url + file, cached, digest, progress=False)
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
+            fail(f"cannot download {url}{file} ({str(e)[:80]}); bring it to {cached}, or name it by --features_path", 1)
+    if not path:
+        dist.barrier()                      # the other ranks wait for the download
+    if not os.path.isfile(found):
+        fail(f"no weights {found!r}; needed: {file} of {url}")
+    actual = sha256(found)
+    if not actual.startswith(digest):
+        if not path:
+            fail(f"{found} is not the published {name} (sha256 {actual[:8]}.., not {digest[:8]}..); delete it", code=1)
+        print0(f"note: {found} has sha256 {actual[:8]}.., the published {name} {digest[:8]}..: a score of its own")
+    return found, actual
+
+
+def resize_tf1(x, size):
+    """
+    TensorFlow 1's bilinear resize of float (N, C, H, W) to size (height, width): row i comes from i H / height, without
+    half-pixel shift, without antialiasing.
+    """
+    for dim, length in zip((2, 3), size):
+        position = torch.arange(length, device=x.device) * torch.tensor(x.shape[dim] / length, device=x.device)
+        low = position.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        shape = (-1, 1) if dim == 2 else (-1,)
+        a, b = x.index_select(dim, low), x.index_select(dim, high)
+        x = a + (b - a) * (position - low).view(shape)
+    return x
+
+
+def inception(w, x):
+    """
+    pool_3 of the Inception v3 that FID means (Szegedy et al. 2015, graph of 2015-12-05): x (N, 3, 299, 299) in [-1, 1]
+    => (N, 2048); w: its tensors by name. Unlike torchvision's, mean pools leave out the padding, and the last block
+    pools by maximum.
+    """
+    def conv(x, name, stride=1, pad=True):
+        weight = w[f"{name}.conv.weight"]
+        x = F.conv2d(x, weight, None, stride, [k // 2 for k in weight.shape[2:]] if pad else 0)
+        norm = (w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *norm, eps=1e-3).relu_()
+
+    def chain(x, stem, ends, reduce=False):             # "12": convolutions stem1, stem2; reduce: the last halves
+        for end in ends:
+            x = conv(x, stem + end, *((2, False) if reduce and end == ends[-1] else ()))
+        return x
+
+    mean_pool = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    max_pool = lambda x: F.max_pool2d(x, 3, 1, 1)
+    halve = lambda x: F.max_pool2d(x, 3, 2)
+
+    x = conv(conv(x, "Conv2d_1a_3x3", 2, False), "Conv2d_2a_3x3", 1, False)
+    x = conv(halve(conv(x, "Conv2d_2b_3x3")), "Conv2d_3b_1x1")
+    x = halve(conv(x, "Conv2d_4a_3x3", 1, False))                                               # (N, 192, 35, 35)
+    for b in ("Mixed_5b.", "Mixed_5c.", "Mixed_5d."):
+        x = torch.cat([conv(x, b + "branch1x1"), chain(x, b + "branch5x5_", "12"),
+                       chain(x, b + "branch3x3dbl_", "123"), conv(mean_pool(x), b + "branch_pool")], 1)
+    b = "Mixed_6a."
+    x = torch.cat([conv(x, b + "branch3x3", 2, False), chain(x, b + "branch3x3dbl_", "123", True), halve(x)], 1)
+    for b in ("Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e."):                              # (N, 768, 17, 17)
+        x = torch.cat([conv(x, b + "branch1x1"), chain(x, b + "branch7x7_", "123"),
+                       chain(x, b + "branch7x7dbl_", "12345"), conv(mean_pool(x), b + "branch_pool")], 1)
+    b = "Mixed_7a."
+    x = torch.cat([chain(x, b + "branch3x3_", "12", True), chain(x, b + "branch7x7x3_", "1234", True), halve(x)], 1)
+    for b, pool in (("Mixed_7b.", mean_pool), ("Mixed_7c.", max_pool)):                         # (N, 2048, 8, 8)
+        fork, double = conv(x, b + "branch3x3_1"), chain(x, b + "branch3x3dbl_", "12")
+        x = torch.cat([conv(x, b + "branch1x1"), conv(fork, b + "branch3x3_2a"), conv(fork, b + "branch3x3_2b"),
+                       conv(double, b + "branch3x3dbl_3a"), conv(double, b + "branch3x3dbl_3b"),
+                       conv(pool(x), b + "branch_pool")], 1)
+    return x.mean((2, 3))
+
+
+def dinov2(w, x):
+    """
+    The class token of DINOv2's ViT, Oquab et al. 2023: x (N, 3, H, W), sides multiples of 14, normalised => (N, width);
+    w: its tensors by name, which also give the sizes.
+    """
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    def linear(name, x):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14)
+    N, D, rows, columns = x.shape
+    heads = max(2, D // 64)                 # the tensors do not tell; 64 wide in every published size
+    place = w["pos_embed"]                  # (1, 1 + side^2, D)
+    side = math.isqrt(place.shape[1] - 1)
+    if (rows, columns) != (side, side):     # the official code stretches by (rows + 0.1) / side, not to a size
+        grid = place[:, 1:].view(1, side, side, D).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic")
+        place = torch.cat([place[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    x = torch.cat([w["cls_token"].expand(N, -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + place
+    for i in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))):
+        b = f"blocks.{i}."
+        q, k, v = linear(b + "attn.qkv", norm(b + "norm1", x)).view(N, -1, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, -1, D)
+        x = x + w[b + "ls1.gamma"] * linear(b + "attn.proj", h)
+        h = linear(b + "mlp.fc2", F.gelu(linear(b + "mlp.fc1", norm(b + "norm2", x))))
+        x = x + w[b + "ls2.gamma"] * h
+    return norm("norm", x)[:, 0]
+
+
+class PublishedNet:
+    """
+    inception, or dinov2 preprocessed as for EDM2's FD-DINOv2. Images may have any size; they pass in chunks, which
+    bounds the memory.
+    """
+    size = None
+
+    def __init__(self, name, path, device):
+        path, self.hash = published_weights(name, path)
+        self.name = name
+        self.resize = {"inception": "TF1 bilinear to 299", "dinov2": "bicubic to 224, antialiased, not rounded"}[name]
+        try:
+            self.w = {k: x.float().to(device) for k, x in read_checkpoint(path).items()}
+            if name == "inception" and len(self.w["fc.bias"]) != 1008:
+                raise ValueError(f"{len(self.w['fc.bias'])} classes, FID's network has 1008, torchvision's 1000")
+            self.dim = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
+        except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as e:
+            fail(f"{path} does not hold {name}: {' '.join(str(e).split())[:200]}; needed: {WEIGHTS[name][0]}", code=1)
+
+    def features(self, images):             # uint8 (n, 3, H, W) => float32 (n, dim)
+        if self.name == "inception":
+            return inception(self.w, (resize_tf1(images.float(), (299, 299)) - 128) / 128)
+        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True) / 255
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device).view(2, 3, 1, 1)
+        return dinov2(self.w, (x - mean) / std)
+
+    def __call__(self, images):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # TF32 would cost FID its third digit
+            return torch.cat([self.features(part) for part in images.split(32)])
+
+
 def feature_net(name, path=None, device="cpu"):
-    """A callable uint8 images (N, 3, H, W) => float32 features (N, dim), with .name, .dim and .size (in pixels)."""
+    """
+    A callable uint8 images (N, 3, H, W) => float32 features (N, dim), with .name, .dim, .size (in pixels; None: any),
+    .hash (sha256 of its weights' file, "" without one) and .resize (what it does to images). path: that file.
+    """
     if name == "pixels":
         return Pixels()
     if name == "factors":
         return MeasuredFactors()
+    if name in WEIGHTS:
+        return PublishedNet(name, path, device)
     if name in ("tiny", "tiny2"):
-        parts = read_checkpoint(path or os.path.join(ASSETS, f"features-{name}.pt"))
+        path = path or os.path.join(ASSETS, f"features-{name}.pt")
+        parts = read_checkpoint(path)
         net = FeatureNet(name)
         net.load_state_dict({k: v.float() for k, v in parts["model"].items()})
+        net.hash, net.resize = sha256(path), "none"
         return net.requires_grad_(False).eval().to(device)
-    fail(f"unknown features {name!r}; choose tiny, tiny2, pixels or factors")
+    fail(f"unknown features {name!r}; choose tiny, tiny2, pixels, factors, inception or dinov2")
 
 
 # ---- Real data ------------------------------------------------------------------------------------------------------
@@ -153,38 +323,70 @@ def summarize(batches, nets, num_prdc, device="cpu"):
     return summaries
 
 
-def real_summaries(real, nets, role, num_prdc, num, device="cpu"):
-    """{net.name: Summary} of real data: the tiny world, a folder, a zip, or an .npz of statistics (mu, sigma)."""
-    if real.endswith(".npz"):
+def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None):
+    """
+    {net.name: Summary} of real data: the tiny world, a folder, a zip, or a file of statistics. Images of a folder are
+    resized as the networks need them; if those take any size, to `size` pixels, as the model draws (None: not at all).
+    """
+    if is_statistics(real):
         return {net.name: read_statistics(real, net, device) for net in nets}
-    size = next((net.size for net in nets if net.size), None)
+    if real == "tiny" and (size or SIZE) != SIZE:
+        fail(f"the model draws images of {size} pixels, the tiny world has {SIZE}; name real ones with --real")
+    size = next((net.size for net in nets if net.size), size)
     return summarize(real_batches(real, size, role, num), nets, num_prdc, device)
 
 
-def read_statistics(path, net, device="cpu"):
-    """Summary from an .npz with mu (d,) and sigma (d, d), as pytorch-fid, ADM and write_statistics leave it."""
-    if not os.path.isfile(path):
-        fail(f"no statistics {path!r}; needed: an .npz with mu and sigma")
+def read_npz(path, *names):
+    """Those of the named arrays that an .npz has, without running code. Exit code 1 if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            stored = {k: f[k] for k in ("mu", "sigma", "features", "num") if k in f.files}
+            return {k: f[k] for k in names if k in f.files}
     except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         fail(f"{path} is not a readable .npz ({str(e)[:80]})", code=1)
+
+
+def read_statistics(path, net, device="cpu"):
+    """
+    Summary of the images behind mu (d,) and sigma (d, d) in an .npz, of pytorch-fid, ADM (whose arr_0 are some of them
+    only) or write_statistics, or in EDM2's .pkl {num_images, fid, fd_dinov2}. Exit code 1 if they are of other features
+    or other weights than `net`, do not fit it, or are no covariance.
+    """
+    if not os.path.isfile(path):
+        fail(f"no statistics {path!r}; needed: an .npz with mu and sigma, or a .pkl of EDM2")
+    if path.endswith(".pkl"):
+        parts = read_pickle(path)
+        parts = parts if isinstance(parts, dict) else {}
+        stored = parts.get({"inception": "fid", "dinov2": "fd_dinov2"}.get(net.name))
+        stored = dict(stored, num=parts.get("num_images", 0)) if isinstance(stored, dict) else {}
+    else:
+        stored = read_npz(path, "mu", "sigma", "features", "hash", "num")
     if "mu" not in stored or "sigma" not in stored:
-        fail(f"{path} holds no statistics: mu and sigma are needed", code=1)
-    mu, cov = torch.from_numpy(stored["mu"]).double(), torch.from_numpy(stored["sigma"]).double()
-    name = str(stored.get("features", net.name))
+        fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed", code=1)
+    try:
+        mu, cov = (torch.from_numpy(np.asarray(stored[k], dtype=np.float64)) for k in ("mu", "sigma"))
+        name, digest = str(stored.get("features", net.name)), str(stored.get("hash", ""))
+        num = int(stored.get("num", 0))
+    except (ValueError, TypeError) as e:
+        fail(f"{path}: mu, sigma or num are not numbers ({str(e)[:80]})", code=1)
     if name != net.name or mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
-        fail(f"{path} describes {len(mu)}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
+        fail(f"{path} describes {mu.numel()}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
+    if digest and net.hash and digest != net.hash:
+        fail(f"{path} was made with other weights of {name} (sha256 {digest[:8]}.., these are {net.hash[:8]}..): "
+             "make it again with --stats, or name the old weights with --features_path", code=1)
     if not (mu.isfinite().all() and cov.isfinite().all()):
         fail(f"{path} holds NaN or infinite values", code=1)
-    return Summary(int(stored.get("num", 0)), mu.to(device), cov.to(device), None)
+    if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
+        fail(f"{path}: sigma is not symmetric, so it is no covariance", code=1)
+    if torch.linalg.cholesky_ex(cov).info and (vals := torch.linalg.eigvalsh(cov))[0] < -1e-5 * vals[-1]:
+        fail(f"{path}: sigma has negative eigenvalues, so it is no covariance", code=1)
+    return Summary(num, mu.to(device), cov.to(device), None)
 
 
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with open(path + ".part", "wb") as f:
-        np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name)
+        np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name,
+                 hash=net.hash, resize=net.resize, quantisation="uint8")
     os.replace(path + ".part", path)
 
 
@@ -267,7 +469,7 @@ def judge(fake, real, labels=None):
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0.0, cfg=1.0, seed=0, stream="report",
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=1.2, last=0.0, seed=0, stream="report",
              num_prdc=5000, batch_size=250, keep=0):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
@@ -277,11 +479,12 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(model.parameters()).device
     for net in nets:
-        if net.size and model.shape[-1] != net.size:
-            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {model.shape[-1]}")
+        if net.size and image_size(model) != net.size:
+            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}")
     indices = torch.arange(num)[rank::world]
     labels = indices % model.num_classes
-    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, cfg, batch_size, noise, last)
+    sampler = schedule(sampler, steps, noise, last, model.family).sampler
+    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, 1.0, batch_size, noise, last)
     bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
                disable=rank > 0 or None, leave=False)
     shown = []
@@ -302,18 +505,29 @@ def evaluate(model, nets, real, num, sampler="flow", steps=10, noise=1.2, last=0
 
 
 def npz_images(path, num, size):
-    """uint8 batches of this rank's share of arr_0 (N, H, W, 3) in an .npz."""
+    """uint8 batches of this rank's share of arr_0 (N, H, W, 3) in an .npz; H = W = size unless that is None."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            array = f["arr_0"]
-    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
-        fail(f"{path} holds no images: arr_0 is needed, uint8 (N, H, W, 3) ({str(e)[:80]})", code=1)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (size, size, 3):
-        fail(f"{path}: arr_0 is {array.dtype} {array.shape}; needed is uint8 (N, {size}, {size}, 3)", code=1)
+    array = read_npz(path, "arr_0").get("arr_0", np.zeros(0))
+    side = size or (array.shape[1:2] or (0,))[0]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (side, side, 3):
+        fail(f"{path}: needed are images arr_0, uint8 (N, {size or 'H'}, {size or 'H'}, 3); found is "
+             f"{array.dtype} {array.shape}", code=1)
     if len(array) < max(num, 2 * world):
         fail(f"{path} holds {len(array)} images, {max(num, 2 * world)} are needed; FID depends on the number", code=1)
     return torch.from_numpy(array[:num or None][rank::world]).permute(0, 3, 1, 2).split(250)
+
+
+def images_summary(images, num, num_prdc, net, device):
+    """Summary of the images in a folder, a zip or an .npz: the first num, or all (0)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if images.endswith(".npz"):
+        batches = npz_images(images, num, net.size)
+    else:
+        found = len(list_images(images)[0])
+        if found < num:
+            fail(f"{images} holds {found} images, {num} are asked for; FID depends on the number", code=1)
+        batches = image_batches(images, net.size, rank, world, len(range(rank, num, world)) if num else 0)
+    return summarize(batches, [net], num_prdc, device)[net.name]
 
 
 def main(argv=None):
@@ -324,35 +538,32 @@ def main(argv=None):
              f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
     if c.stream not in ("report", "select"):
         fail(f"unknown stream {c.stream!r}; choose report or select")
-    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
     for path in filter(None, (c.json, c.stats)):
         writable(path)
-    net = feature_net(c.features, device=device)
-    model = None if c.images else load(c.ckpt, device)
-    if model:
-        check_classes(c.real, model.num_classes)
+    net = feature_net(c.features, c.features_path, device)
+    num_real = c.num_real if c.real == "tiny" else 0
     role = "select" if c.stream == "select" else "all"
-    real_set = real_summaries(c.real, [net], role, c.num_prdc, c.num_real if c.real == "tiny" else 0, device)
     if c.stats:
+        found = (images_summary(c.images, c.num, c.num_prdc, net, device) if c.images else
+                 real_summaries(c.real, [net], role, c.num_prdc, num_real, device)[net.name])
         if rank == 0:
-            write_statistics(c.stats, real_set[net.name], net)
-        print0(f"wrote {c.stats}: {real_set[net.name].num} images of {c.real}, {net.name} features; use it as --real")
+            write_statistics(c.stats, found, net)
+        print0(f"wrote {c.stats}: {found.num} images of {c.images or c.real}, {net.name} features; use it as --real")
         return
 
+    model = None if c.images else load_guided(c, device)
+    if model:
+        schedule(c.sampler, c.steps, c.noise, c.last, model.family)     # better to know before the real images are read
+        check_classes(c.real, model.num_classes)
+    size = image_size(model) if model else None
+    real_set = real_summaries(c.real, [net], role, c.num_prdc, num_real, device, size)
     began = time.time()
     if c.images:
-        if c.images.endswith(".npz"):
-            batches = npz_images(c.images, c.num, net.size)
-        else:
-            found = len(list_images(c.images)[0])
-            if found < c.num:
-                fail(f"{c.images} holds {found} images, {c.num} are asked for; FID depends on the number", code=1)
-            batches = image_batches(c.images, net.size, rank, world, len(range(rank, c.num, world)) if c.num else 0)
-        fake = summarize(batches, [net], c.num_prdc, device)[net.name]
+        fake = images_summary(c.images, c.num, c.num_prdc, net, device)
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
     else:
         row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
-                       c.cfg, c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
+                       c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
@@ -361,7 +572,7 @@ def main(argv=None):
     show = lambda key, form: "-" if row[key] is None else format(row[key], form)
     if c.num and c.num <= net.dim:
         print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
-    source = c.images or f"{c.sampler}, {c.steps} steps, seed {c.seed}"
+    source = c.images or f"{row['sampler']}, {c.steps} steps, seed {c.seed}"
     print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
            f"real: {c.real}; {time.time() - began:.0f} s)\n"
            f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "

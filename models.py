@@ -1,24 +1,34 @@
 """
-Everything with weights: SiT, the tiny world (procedural images, tiny configurations, tiny feature networks and the
-training of them all), loading and saving, and, in the last section, the plumbing that every script shares.
+Everything with weights: SiT, EDM2, the VAE decoder, the tiny world (procedural images, tiny configurations, tiny
+feature networks and the training of them all), loading and saving, and, in the last section, the plumbing that every
+script shares.
 
-python models.py                                                # make all of assets/ again (hours on two cores)
+python models.py                                                # feature nets and the tiny SiT again (two hours)
+python models.py --only=base --family=edm2                      # the tiny EDM2
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
 python models.py --ckpt sit-tiny --out more.pt --minutes 3      # more pre-training, the plainest rival of RL
 
 Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (a minute to warm up).
 """
+import argparse
 import atexit
 import colorsys
 import copy
 import difflib
+import hashlib
+import http.client
+import io
 import itertools
+import json
 import math
 import os
 import pickle
 import re
 import sys
+import tempfile
 import time
+import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from datetime import timedelta
@@ -36,6 +46,7 @@ from tqdm import tqdm
 real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
 out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file, for example base.pt
 ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
+family = "sit" # network of a new base: sit, edm2
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
 images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
 batch_size = 256 # images per pre-training update
@@ -190,6 +201,322 @@ def init_sit(model):
     return model
 
 
+# ---- EDM2 -----------------------------------------------------------------------------------------------------------
+
+EDM2_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=8, channel_mult=[1, 2, 4],
+                 channel_mult_noise=4, num_blocks=1, attn_resolutions=[4], channels_per_head=16)
+
+
+def normalize(x, dim, eps=1e-4):
+    """x over its root mean square along `dim`: unit magnitude."""
+    return x / (x.square().mean(dim, keepdim=True).sqrt() + eps)
+
+
+def mp_silu(x):
+    """SiLU that keeps unit magnitude. Karras et al. 2024, eq. 81."""
+    return F.silu(x).div_(0.596)
+
+
+def mp_sum(a, b, t):
+    """Weighted sum that keeps unit magnitude, eq. 88."""
+    return a.lerp(b, t).div_(math.hypot(1 - t, t))
+
+
+def mp_cat(a, b):
+    """Concatenation of channels in which both inputs weigh the same, eq. 103 with t = 0.5."""
+    Na, Nb = a.shape[1], b.shape[1]
+    C = math.sqrt((Na + Nb) / 2)
+    return torch.cat([C / math.sqrt(Na) * a, C / math.sqrt(Nb) * b], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of unit magnitude, eq. 75: (B,) => (B, D)."""
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(width))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(width))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x[:, None] * self.freqs + self.phases)
+
+
+class MPConv(nn.Module):
+    """
+    Convolution, or a linear layer if size is 0, by filters of unit norm: only the direction of the weight counts, eq. 66.
+    Without gradients the filters are computed once for each value of the weight. Its version tells of every write but
+    one through .data, its sum of that one as well, so that a stale filter cannot be met.
+    """
+    def __init__(self, cin, cout, size=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, size, size) if size else torch.randn(cout, cin))
+        self.seen, self.kept = None, None
+
+    def filters(self):
+        w = self.weight
+        if torch.is_grad_enabled() and w.requires_grad:
+            return self.normalized() / math.sqrt(w[0].numel())
+        now = w._version, w.dtype, w.device, w.sum().item()
+        if now != self.seen:
+            self.seen, self.kept = now, self.normalized().detach() / math.sqrt(w[0].numel())
+        return self.kept
+
+    def normalized(self):
+        return normalize(self.weight.flatten(1), 1).view_as(self.weight)
+
+    def forward(self, x, gain=None):    # (B, cin, ...) => (B, cout, ...)
+        w = self.filters() if gain is None else self.filters() * gain
+        return x @ w.T if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class UNetBlock(nn.Module):
+    def __init__(self, cin, cout, cemb, decoder=False, resample="", heads=0):
+        super().__init__()
+        self.decoder, self.resample, self.heads = decoder, resample, heads
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(cin if decoder else cout, cout, 3)
+        self.emb_linear = MPConv(cemb, cout)
+        self.conv_res1 = MPConv(cout, cout, 3)
+        self.conv_skip = MPConv(cin, cout, 1) if cin != cout else nn.Identity()
+        if heads:
+            self.attn_qkv = MPConv(cout, 3 * cout, 1)
+            self.attn_proj = MPConv(cout, cout, 1)
+
+    def forward(self, x, emb):          # x (B, cin, H, W), emb (B, cemb) => (B, cout, H, W), resampled
+        if self.resample:
+            x = F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
+        if not self.decoder:
+            x = normalize(self.conv_skip(x), 1)
+        c = self.emb_linear(emb, self.emb_gain) + 1
+        y = self.conv_res0(mp_silu(x))
+        y = self.conv_res1(mp_silu(y * c[:, :, None, None]))
+        x = mp_sum(self.conv_skip(x) if self.decoder else x, y, 0.3)
+        if self.heads:
+            x = mp_sum(x, self.attn_proj(self.attend(x)), 0.3)
+        return x.clamp(-256, 256)
+
+    def attend(self, x):
+        B, C, H, W = x.shape
+        qkv = self.attn_qkv(x).view(B, self.heads, C // self.heads, 3, H * W)           # q, k, v innermost of channels
+        q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2)                              # each (B, heads, HW, channels)
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+
+
+class UNet(nn.Module):
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+                 channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
+                 channels_per_head=64):
+        super().__init__()
+        widths = [model_channels * m for m in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
+        self.label_dim = label_dim
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb)
+        self.emb_label = MPConv(label_dim, cemb) if label_dim else None
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        heads = lambda resolution, width: width // channels_per_head if resolution in attn_resolutions else 0
+        skips, x = [], img_channels + 1                                 # x: channels so far; one is constant
+        for level, width in enumerate(widths):
+            R = img_resolution >> level
+            if level == 0:
+                self.enc[f"{R}x{R}_conv"] = MPConv(x, width, 3)
+                x = width
+            else:
+                self.enc[f"{R}x{R}_down"] = UNetBlock(x, x, cemb, resample="down")
+            skips.append(x)
+            for i in range(num_blocks):
+                self.enc[f"{R}x{R}_block{i}"] = UNetBlock(x, width, cemb, heads=heads(R, width))
+                x = width
+                skips.append(x)
+        for level, width in reversed(list(enumerate(widths))):
+            R = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{R}x{R}_in0"] = UNetBlock(x, x, cemb, decoder=True, heads=x // channels_per_head)
+                self.dec[f"{R}x{R}_in1"] = UNetBlock(x, x, cemb, decoder=True)
+            else:
+                self.dec[f"{R}x{R}_up"] = UNetBlock(x, x, cemb, decoder=True, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{R}x{R}_block{i}"] = UNetBlock(x + skips.pop(), width, cemb, decoder=True, heads=heads(R, width))
+                x = width
+        self.out_conv = MPConv(x, img_channels, 3)
+
+    def forward(self, x, noise, y):
+        emb = self.emb_noise(self.emb_fourier(noise))
+        if self.label_dim:              # the last column of one_hot is the null class: a row of zeros
+            label = F.one_hot(y, self.label_dim + 1)[:, :-1].to(x.dtype) * math.sqrt(self.label_dim)
+            emb = mp_sum(emb, self.emb_label(label), 0.5)
+        emb = mp_silu(emb)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)  # faster
+        skips = []
+        for block in self.enc.values():
+            x = block(x) if isinstance(block, MPConv) else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(mp_cat(x, skips.pop()) if "block" in name else x, emb)
+        return self.out_conv(x, self.out_gain)
+
+
+class EDM2(nn.Module):
+    """
+    Karras et al. 2024, with official parameter names and arguments; those the official file leaves out have its
+    defaults. x (B, C, H, W), sigma (B,), y (B,) => denoised like x. The plain float32 network: weights stored in
+    float16 are cast first, where the official code rounds the quotient of a float16 gain (a difference of 1e-4).
+    """
+    family = "edm2"
+
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128, **unet):
+        super().__init__()
+        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+                                sigma_data=sigma_data, logvar_channels=logvar_channels, **unet)
+        self.shape = (img_channels, img_resolution, img_resolution)
+        self.num_classes, self.sigma_data = label_dim or 1, sigma_data      # without labels all images are of one class
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
+        self.logvar_fourier = MPFourier(logvar_channels)                    # kept for the file, used by nothing here
+        self.logvar_linear = MPConv(logvar_channels, 1).requires_grad_(False)
+
+    def forward(self, x, sigma, y):
+        s, sd = sigma.view(-1, 1, 1, 1), self.sigma_data
+        total = (s**2 + sd**2).sqrt()
+        return (sd / total)**2 * x + s * sd / total * self.unet(x / total, sigma.log() / 4, y)
+
+
+# ---- VAE decoder ----------------------------------------------------------------------------------------------------
+
+SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+                         I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """
+    {name: tensor} of a .safetensors file: 8 bytes length, a JSON header {name: {dtype, shape, data_offsets}}, raw data.
+    Exit code 1 unless the tensors fill the data exactly, without gap or overlap; nothing is allocated before that.
+    """
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size - 8
+        length = int.from_bytes(f.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size + 8}")
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            rows = sorted((*e["data_offsets"], k, SAFETENSORS_TYPES[e["dtype"]], e["shape"]) for k, e in header.items())
+            end = 0
+            for first, last, name, dtype, shape in rows:
+                if first != end or min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"bytes {first} to {last} do not fit {name}, or what is before it")
+                end = last
+            if end != size - length:
+                raise ValueError(f"tensors of {end} bytes, data of {size - length}")
+            tensors = {}
+            for first, last, name, dtype, shape in rows:
+                raw = torch.empty(last - first, dtype=torch.uint8)
+                f.readinto(raw.numpy())
+                tensors[name] = raw.view(dtype).view(shape)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
+            fail(f"{path} is not a whole .safetensors file: {' '.join(str(e).split())[:120]}", code=1)
+    return tensors
+
+
+def read_vae(path):
+    """
+    The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file, .safetensors or .bin, of either
+    spelling of the attention; its encoder is ignored. Exit code 1 if one is missing, too many or of a wrong shape.
+    """
+    if not os.path.isfile(path):
+        fail(f"no VAE decoder {path!r}; needed: a diffusion_pytorch_model.safetensors or .bin")
+    state = read_safetensors(path) if path.endswith(".safetensors") else read_checkpoint(path)
+    spelling = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    try:
+        w = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{spelling[m[1]]}.", name): x.float()
+             for name, x in state.items() if name.startswith(("decoder.", "post_quant_conv."))}
+        w = {name: x.flatten(1) if ".to_" in name and x.dim() == 4 else x for name, x in w.items()}
+        vae_decode(w, torch.zeros(1, 4, 2, 2))
+        count = sum("conv_shortcut" not in name for name in w)
+        if count != 136:
+            raise ValueError(f"{count} tensors beside the shortcuts, not 136")
+    except (KeyError, AttributeError, RuntimeError, ValueError) as e:
+        fail(f"{path} is not an SD-VAE decoder: {' '.join(str(e).split())[:200]}", code=1)
+    return w
+
+
+def vae_decode(w, z):
+    """
+    The decoder of diffusers' AutoencoderKL, Rombach et al. 2022: raw latents (B, 4, h, w) => images (B, 3, 8h, 8w).
+    w: its tensors by name, which also give the sizes.
+    """
+    def get(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def conv(name, x):
+        weight, bias = get(name)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, *get(name), eps=1e-6)
+
+    def resnet(name, x):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)))
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        return h + (conv(f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in w else x)
+
+    def attention(name, x):                 # one head over all positions
+        h = norm(f"{name}.group_norm", x).flatten(2).transpose(1, 2)                    # (B, h w, C)
+        h = F.scaled_dot_product_attention(*(F.linear(h, *get(f"{name}.to_{k}")) for k in "qkv"))
+        return x + F.linear(h, *get(f"{name}.to_out.0")).transpose(1, 2).reshape(x.shape)
+
+    x = conv("decoder.conv_in", conv("post_quant_conv", z))
+    x = attention("decoder.mid_block.attentions.0", resnet("decoder.mid_block.resnets.0", x))
+    x = resnet("decoder.mid_block.resnets.1", x)
+    for i in range(4):
+        for j in range(3):
+            x = resnet(f"decoder.up_blocks.{i}.resnets.{j}", x)
+        if i < 3:
+            x = conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", F.interpolate(x, scale_factor=2.0))
+    return conv("decoder.conv_out", F.silu(norm("decoder.conv_norm_out", x)))
+
+
+# What a family was trained on: VAE; raw latents = x / scale + mean, per channel; uint8 = trunc(gain image + offset).
+LATENTS = {
+    "sit": dict(vae="stabilityai/sd-vae-ft-ema", scale=[0.18215], mean=[0.0], gain=127.5, offset=128),
+    "edm2": dict(vae="stabilityai/sd-vae-ft-mse", scale=[0.5 / std for std in (4.17, 4.62, 3.71, 3.28)],
+                 mean=[5.81, 3.25, 0.12, -2.15], gain=255, offset=0),
+}
+
+
+def attach_vae(model, path):
+    """
+    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => uint8 images (B, 3, 8h, 8w)
+    by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
+    model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
+    """
+    if model.shape[0] == 3:
+        if path:
+            fail(f"--vae={path}: the model draws pixels and needs no VAE decoder; leave it out")
+        return model
+    convention = LATENTS[model.family]
+    if not path:
+        fail(f"the model draws latents; name its decoder with --vae: diffusion_pytorch_model.safetensors of "
+             f"{convention['vae']}")
+    device = next(model.parameters()).device
+    w = {name: x.to(device) for name, x in read_vae(path).items()}
+    scale, mean = (torch.tensor(convention[k], device=device).view(1, -1, 1, 1) for k in ("scale", "mean"))
+
+    @torch.no_grad()
+    def vae(x):
+        chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
+        images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
+        return (convention["gain"] * images + convention["offset"]).clamp(0, 255).to(torch.uint8)
+
+    model.vae = vae
+    return model
+
+
+def image_size(model):
+    """Pixels along a side of the model's images; a latent stands for 8 x 8 of them."""
+    return model.shape[-1] * (1 if model.shape[0] == 3 else 8)
+
+
 # ---- The tiny world ------------------------------------------------------------------------------------------------
 
 # What an image is made for is part of its seed, so that training, selection and reporting never share an image.
@@ -307,6 +634,7 @@ def train_features(name, seed, updates=12000, batch=128):
 TRAINING_IMAGES = 200_000       # a fixed set: the tiny base cannot memorise it, and drawing it takes 15 seconds
 EMA_STDS = (0.05, 0.10)         # lengths of the two tracked averages, as a share of the training so far
 BASE_EMA = 0.05                 # the one that becomes the base
+SIGMA_MEAN, SIGMA_STD = -0.8, 1.6       # of ln sigma in EDM2's training
 
 
 def ema_exponent(std):
@@ -315,10 +643,26 @@ def ema_exponent(std):
     return roots.real.max()
 
 
+def renoise(model, x1, noise, uniform):
+    """
+    What a network is trained on: clean x1 (B, C, H, W) and standard normal noise like it, mixed at times drawn by
+    uniform (B,) in [0, 1). Returns x_t, t (B,), target u of the network, and the weight (B,) of |network - u|^2 that
+    makes it the error of an output of unit variance.
+    SiT: u = x1 - x0. EDM2: u = x1, and as D = c_skip x + c_out F, |dF|^2 = |dD|^2 / c_out^2: weight 1 / c_out^2.
+    """
+    if model.family == "sit":
+        t = uniform.view(-1, 1, 1, 1)
+        return t * x1 + (1 - t) * noise, uniform, x1 - noise, torch.ones_like(uniform)
+    sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))).exp()
+    weight = (sigma**2 + model.sigma_data**2) / (sigma * model.sigma_data) ** 2
+    return x1 + sigma.view(-1, 1, 1, 1) * noise, sigma, x1, weight
+
+
 def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total=0, minutes=0.0, state_path=""):
     """
-    Flow matching (velocity) on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`, at
-    logit-normal times. Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for the rest.
+    Flow matching (SiT, at logit-normal times) or denoising (EDM2, at log-normal noise levels) on images x uint8
+    (N, C, H, W), labels y (N,), for `total` images or for `minutes`. Muon (Jordan et al. 2024) for the matrices of
+    SiT's blocks, Adam for the rest; EDM2's stored weights are normalised after every update (Karras et al. 2024, 2.3).
     Two power-function averages of the weights are tracked; snapshot(eighth, images_seen, {std: model}) is called at
     every eighth of the run. The rates fall as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
     With a state_path everything is kept there at every eighth, and a run that finds it goes on from it.
@@ -334,6 +678,7 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     averages = {std: copy.deepcopy(model).requires_grad_(False).eval() for std in EMA_STDS}
     pairs = {std: ([q for q, p in zip(a.parameters(), model.parameters()) if p.requires_grad], ema_exponent(std))
              for std, a in averages.items()}
+    convs = [m for m in model.modules() if isinstance(m, MPConv) and m.weight.requires_grad]
     keepers = [model, *averages.values(), *(optimizer for optimizer, _ in optimizers)]
     seen, earlier = 0, 0.0
     if state_path and os.path.exists(state_path):
@@ -349,17 +694,20 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k].float() / 127.5 - 1
-        x0 = torch.randn(x1.shape, generator=rng)
-        t = torch.randn(batch, generator=rng).sigmoid()
+        noise, z = torch.randn(x1.shape, generator=rng), torch.randn(batch, generator=rng)
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
-        xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
-        loss = (model(xt, t, labels) - (x1 - x0)).square().mean()
+        uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)
+        xt, t, u, weight = renoise(model, x1, noise, uniform)
+        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).mean()
         model.zero_grad()
         loss.backward()
         seen += batch
         for optimizer, rate in optimizers:
             optimizer.param_groups[0]["lr"] = rate * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
             optimizer.step()
+        with torch.no_grad():
+            for m in convs:
+                m.weight.copy_(m.normalized())
         for slow, gamma in pairs.values():
             torch._foreach_lerp_(slow, params, 1 - (1 - batch / seen) ** (gamma + 1))
         bar.update(batch)
@@ -407,9 +755,14 @@ def image_classes(path, names):
     return classes if len(classes) > 1 else [], torch.tensor([classes.index(f) for f in folders])
 
 
+def is_statistics(real):
+    """Whether real data are a file of statistics, not images."""
+    return real.endswith((".npz", ".pkl"))
+
+
 def check_classes(real, num_classes):
     """A folder with sub-folders must have as many as the model has classes; anything else has no classes to compare."""
-    if real != "tiny" and not real.endswith(".npz"):
+    if real != "tiny" and not is_statistics(real):
         classes, _ = image_classes(real, list_images(real)[0])
         if classes and len(classes) != num_classes:
             fail(f"{real} has {len(classes)} classes (sub-folders), the model {num_classes}; "
@@ -419,7 +772,8 @@ def check_classes(real, num_classes):
 def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
     """
     Yields images start, start + step, .. of a folder or zip (at most `limit`), short side resized to `size` and
-    centre-cropped: uint8 (b, 3, size, size). One that cannot be read ends the script with exit code 1 and its name.
+    centre-cropped: uint8 (b, 3, size, size); size None: as they are, all of one size. One that cannot be read, or has
+    another size, ends the script with exit code 1 and its name.
     """
     names, opener = list_images(path)
     names = names[start::step][:limit or None]
@@ -428,55 +782,236 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
         for name in names[i:i + batch_size]:
             try:
                 with opener(name) as f, Image.open(f) as image:
-                    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                    fitted = image.convert("RGB")
+                    if size:
+                        fitted = ImageOps.fit(fitted, (size, size), Image.Resampling.BICUBIC)
             except (OSError, ValueError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile,
                     Image.DecompressionBombError) as e:
                 fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
             batch.append(np.asarray(fitted).transpose(2, 0, 1))
+            if batch[-1].shape != batch[0].shape:
+                fail(f"{os.path.join(path, name)} is of another size than {names[i]}: resize them to one", code=1)
         yield torch.from_numpy(np.stack(batch))
 
 
 # ---- Load and save --------------------------------------------------------------------------------------------------
 
+def refusal(e):
+    """Why a file was refused, in a few words: the global it asked for, or the kind of damage."""
+    asked = re.search(r"GLOBAL (\S+)", str(e))
+    return f"it asks for {asked[1]!r}, which is not run" if asked else f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
+
+
 def read_checkpoint(path):
     """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is no checkpoint."""
     if not os.path.isfile(path):
-        fail(f"no checkpoint {path!r}; needed: a .pt file, or the name of one in {ASSETS}")
+        fail(f"no checkpoint {path!r}; needed: a .pt or .pkl file, its URL, or the name of one in {ASSETS}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # SiT's train.py keeps its arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
             OSError) as e:
-        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({type(e).__name__})", code=1)
+        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({refusal(e)})", code=1)
+
+
+# Globals that official .pkl files name. None is imported or called: restore() knows what each would have made.
+ADMITTED = {
+    "collections.OrderedDict", "dnnlib.util.EasyDict", "torch_utils.persistence._reconstruct_persistent_obj",
+    "torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ModuleList", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+    "torch.storage._load_from_bytes", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct"}
+
+
+class Record(dict):
+    """What stands in a pickle for a call of a global: its arguments, items and state. Nothing is called."""
+    args, state = (), None
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class RecordReader(pickle._Unpickler):      # the one in C allocates gigabytes for a wrong byte
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in ADMITTED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return type(name, (Record,), {})
+
+
+def restore(x, done):
+    """Records as dicts, arrays and tensors; done {id: result} makes shared parts once."""
+    if not isinstance(x, (dict, list, tuple)):
+        return x
+    if id(x) not in done:
+        kind = type(x).__name__
+        if isinstance(x, (list, tuple)):
+            found = type(x)(restore(v, done) for v in x)
+        elif kind in ("dict", "OrderedDict", "EasyDict"):
+            found = {k: restore(v, done) for k, v in x.items()}
+        elif kind in ("_reconstruct_persistent_obj", "_rebuild_parameter", "_rebuild_parameter_with_state"):
+            found = restore(x.args[0], done)
+        elif kind in ("ModuleDict", "ModuleList", "Parameter"):
+            found = dict(class_name=kind, state=restore(x.state, done))
+        elif kind == "_load_from_bytes":
+            storage = torch.load(io.BytesIO(x.args[0]), map_location="cpu", weights_only=True)
+            found = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+        elif kind == "_rebuild_tensor_v2":
+            flat, (offset, size, stride) = restore(x.args[0], done), x.args[1:4]
+            if math.prod(size) > len(flat):
+                raise ValueError(f"a tensor of shape {size} from {len(flat)} values")
+            found = flat.as_strided(size, stride, offset)
+        elif kind == "_reconstruct":
+            _, shape, dtype, fortran, data = x.state
+            if not re.fullmatch(r"[fiu][1248]|b1", dtype.args[0]) or dtype.state[1] not in "<>|":
+                raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({dtype.args[0]!r})")
+            values = np.frombuffer(data, dtype.state[1] + dtype.args[0]).reshape(shape, order="F" if fortran else "C")
+            found = values.astype(values.dtype.newbyteorder("="))
+        else:
+            raise ValueError(f"{kind} out of its place")
+        done[id(x)] = found
+    return done[id(x)]
+
+
+def read_pickle(path):
+    """
+    What is in an official .pkl (a network of EDM2, statistics), as dicts, lists, numpy arrays and tensors; an object is
+    a dict with class_name and state. Runs no code: any global beyond the ADMITTED ends the script with its name.
+    """
+    if not os.path.isfile(path):
+        fail(f"no file {path!r}; needed: a .pkl as EDM2 writes it")
+    try:
+        with open(path, "rb") as f:
+            return restore(RecordReader(f).load(), {})
+    except Exception as e:                  # a damaged pickle can raise anything
+        fail(f"{path} is refused: {refusal(e)}", code=1)
+
+
+def fetch(url):
+    """
+    Path of the file behind a URL (https or file), which is downloaded once, into ~/.cache or $XDG_CACHE_HOME. Its
+    sha256 is printed, and checked if the URL ends in #sha256=HEX. On several ranks the first of each machine downloads.
+    """
+    address, mark, wanted = url.partition("#")
+    if mark and not re.fullmatch(r"sha256=[0-9a-f]{64}", wanted):
+        fail(f"{url}: behind # needed is sha256= and 64 hexadecimal digits")
+    name = os.path.basename(urllib.parse.urlsplit(address).path)
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distribution-wise-rewards")
+    path = os.path.join(folder, f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}")
+    if not os.path.isfile(path) and os.environ.get("LOCAL_RANK", "0") == "0":
+        writable(path)
+        download(address, path)
+    if dist.is_initialized():
+        dist.barrier()
+    digest = sha256(path)
+    print0(f"{path}: sha256 {digest}")
+    if mark and wanted != f"sha256={digest}":
+        fail(f"{path} has sha256 {digest}, not {wanted[7:]}; delete it to download it again", code=1)
+    return path
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(address, path):
+    """Copy what is behind a URL to `path`, atomically."""
+    try:
+        with urllib.request.urlopen(address, timeout=60) as source, \
+                tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            size, part = int(source.headers.get("Content-Length") or 0), os.path.join(folder, "part")
+            bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True, disable=None)
+            with bar, open(part, "wb") as f:
+                while chunk := source.read(2**20):
+                    bar.update(f.write(chunk))
+            came = os.path.getsize(part)
+            if came < size:
+                raise OSError(f"{came} of {size} bytes came")
+            os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        fail(f"cannot download {address} ({str(e)[:80]}); bring the file here and give its path instead", code=1)
 
 
 def load(path="", device="cpu"):
     """
-    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or one of ours.
-    It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes, which is the null class.
+    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or EDM2 .pkl, one
+    of ours, or the URL of one. It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes,
+    which is the null class.
     """
     asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
-    path = asset if os.path.isfile(asset) else path
+    path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
+    if path.endswith(".pkl"):
+        parts = read_pickle(path)
+        try:
+            state, init_kwargs = module_tensors(parts["ema"]), parts["ema"]["state"]["_init_kwargs"]
+        except (LookupError, TypeError, AttributeError) as e:
+            fail(f"{path} holds no network of EDM2 under 'ema' ({type(e).__name__}: {e})", code=1)
+        return filled(lambda: edm2_like(state, init_kwargs), state, path).to(device).eval()
     parts = read_checkpoint(path)
     state = parts.get("ema", parts) if isinstance(parts, dict) else None
-    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
-        fail(f"{path} holds no SiT: needed is a dict of its weights, flat or under 'ema'", code=1)
-    model = sit_like(state, parts.get("heads"), path)
-    return model.to(device).eval()
+    if isinstance(state, dict) and "x_embedder.proj.weight" in state:
+        make = lambda: sit_like(state, parts.get("heads"))
+    elif isinstance(state, dict) and "init_kwargs" in parts:
+        make = lambda: edm2_like(state, parts["init_kwargs"])
+    else:
+        fail(f"{path} holds neither a SiT nor an EDM2: needed is a dict of weights, flat or under 'ema'", code=1)
+    return filled(make, state, path).to(device).eval()
 
 
-def sit_like(state, heads, path):
-    """The SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+def module_tensors(module, prefix=""):
+    """{name: tensor} of a module that read_pickle returned, as its state_dict would be."""
+    state = module["state"]
+    found = {prefix + k: v for kind in ("_parameters", "_buffers") for k, v in state.get(kind, {}).items()}
+    for name, child in state.get("_modules", {}).items():
+        if child is not None:
+            found.update(module_tensors(child, f"{prefix}{name}."))
+    return found
+
+
+def sit_like(state, heads):
+    """A SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+    width, C, patch, _ = state["x_embedder.proj.weight"].shape
+    grid = math.isqrt(state["pos_embed"].shape[1])
+    num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    rows = state["final_layer.linear.weight"].shape[0]
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    if depth > len(state):
+        raise ValueError(f"{depth} blocks, but {len(state)} tensors")
+    heads = heads or {w: h for _, w, h in SIT_SIZES.values()}.get(width)
+    if not heads:
+        raise ValueError(f"SiT has no official number of heads for width {width}")
+    return SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
+
+
+def edm2_like(state, init_kwargs):
+    """An EDM2 of the arguments in its file, but those of training (dropout) and of GPUs (use_fp16)."""
+    sizes = {k: v for k, v in init_kwargs.items() if k not in ("dropout", "use_fp16")}
+    if sizes.get("num_blocks", 3) * len(sizes.get("channel_mult", ())) > len(state):
+        raise ValueError(f"{sizes['num_blocks']} blocks, but {len(state)} tensors")
+    return EDM2(**sizes)
+
+
+def filled(make, state, path):
+    """The network that make() returns, built without memory and then given the tensors in `state`, in float32."""
     try:
-        width, C, patch, _ = state["x_embedder.proj.weight"].shape
-        grid = math.isqrt(state["pos_embed"].shape[1])
-        num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        rows = state["final_layer.linear.weight"].shape[0]
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        heads = heads or {w: h for _, w, h in SIT_SIZES.values()}[width]
-        model = SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
-        model.load_state_dict({k: v.float() for k, v in state.items()})
-    except (KeyError, AttributeError, ValueError, RuntimeError) as e:
-        fail(f"{path} is not a SiT: {' '.join(str(e).split())[:200]}", code=1)
+        with torch.device("meta"):
+            model = make()
+        wanted, shapes = model.state_dict(), {k: v.shape for k, v in state.items()}
+        wrong = {"lacks": [k for k in wanted if k not in shapes], "does not know": [k for k in shapes if k not in wanted],
+                 "needs another shape of": [k for k in wanted if k in shapes and shapes[k] != wanted[k].shape]}
+        said = [f"{verb} {len(keys)} ({', '.join(keys[:3])}{', ..' * (len(keys) > 3)})" for verb, keys in wrong.items() if keys]
+        if said:
+            raise ValueError(f"of its {len(wanted)} tensors {type(model).__name__} " + ", ".join(said))
+        model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+    except Exception as e:                  # sizes out of a file can be anything
+        kind = "lacks " if isinstance(e, KeyError) else ""
+        fail(f"{path} is not a network this version knows: {kind}{' '.join(str(e).split())[:300]}", code=1)
     return model
 
 
@@ -491,9 +1026,14 @@ def write(path, parts):
 
 
 def save(path, model, dtype=None, **extra):
-    """A checkpoint that load() and SiT's own code (under 'ema') read; dtype torch.float16 halves it. Atomic."""
-    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
-    write(path, dict(ema=state, heads=model.blocks[0].attn.heads, **extra))
+    """
+    A checkpoint that load() reads, and SiT's own code (under 'ema'); dtype torch.float16 halves it (not the buffers:
+    they are the frequencies of EDM2's embedding). Atomic.
+    """
+    params = dict(model.named_parameters())
+    state = {k: v.to(dtype if dtype and k in params else v.dtype) for k, v in model.state_dict().items()}
+    sizes = dict(heads=model.blocks[0].attn.heads) if model.family == "sit" else dict(init_kwargs=model.init_kwargs)
+    write(path, dict(ema=state, **sizes, **extra))
 
 
 # ---- What every script shares: command line, process group, printing ------------------------------------------------
@@ -620,13 +1160,15 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if c.only not in ("all", "features", "base"):
         fail(f"only {c.only!r}: choose all, features or base")
+    if c.family not in ("sit", "edm2"):
+        fail(f"family {c.family!r}: choose sit or edm2")
     if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
              "none may be negative, images and batch_size at least 1")
     make_assets = c.real == "tiny" and not c.ckpt
     if not make_assets and not c.out.endswith(".pt"):
         fail(f"--out={c.out}: this makes one base, so one file is needed, for example --out base.pt")
-    path = os.path.join(c.out, "sit-tiny.pt") if make_assets else c.out
+    path = os.path.join(c.out, f"{c.family}-tiny.pt") if make_assets else c.out
     writable(path)
     setup()
 
@@ -669,14 +1211,19 @@ def main(argv=None):
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
     torch.manual_seed(c.seed)
-    model = load(c.ckpt) if c.ckpt else init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    if c.ckpt:
+        model = load(c.ckpt)
+    elif c.family == "sit":
+        model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    else:
+        model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
     check_classes(c.real, model.num_classes)
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
     state_path = path + ".state"
     if os.path.exists(state_path) and not c.resume:
         os.remove(state_path)
     pretrain(model, x, y, c.seed, c.lr, c.lr_matrices, c.lr_knee, c.batch_size, snapshot, c.images, minutes, state_path)
-    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, sit-tiny, "
+    print(f"wrote {path}: {sum(p.numel() for p in model.parameters())} parameters, {model.family}-tiny, "
           f"{num_classes} classes; next: python train_rl.py --ckpt {path} --real {c.real}")
 
 

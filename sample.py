@@ -2,10 +2,12 @@
 Draw images: from seeds and labels through a sampler to uint8.
 
 Every step of every sampler but Heun's is one Gaussian, mean = a x + c v and std, with numbers a, c, std that depend on
-the time alone: a table of them (`schedule`) is all that sampling, log-probabilities and the path KL need.
+the time alone: a table of them (`schedule`) is all that sampling, log-probabilities and the path KL need. v is what the
+network says: the velocity for SiT, whose time runs from 0 to 1, the denoised image for EDM2, whose time is sigma.
 
 python sample.py                                                # 100 images of the tiny base as a grid
 python sample.py --ckpt SiT-XL-2-256.pt --num 50000 --sampler sigma --steps 250 --npz samples.npz
+python sample.py --ckpt edm2-img512-xs.pkl --steps 32 --guide edm2-img512-xxs-uncond.pkl --guidance 1.4
 
 Left out on purpose: adaptive solvers (dopri5 makes an image depend on its batch).
 """
@@ -17,22 +19,31 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import STREAMS, configure, fail, gather, load, print0, setup, writable
+from models import STREAMS, attach_vae, configure, fail, gather, load, print0, setup, writable
 
 # -----------------------------------------------------------------------------
-ckpt = "" # .pt file or the name of an asset; empty: the tiny base
+ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 num = 100 # images to draw
-sampler = "flow" # flow, sigma, linear, constant, sbdm, decreasing, increasing-decreasing, euler, heun
+sampler = "" # SiT: flow, sigma, linear, constant, sbdm, decreasing, increasing-decreasing, euler, heun; EDM2: heun, euler, ancestral; empty: the first
 steps = 10 # steps of the sampler: network evaluations, two each for heun
-noise = 1.2 # noise level: multiplies the form's diffusion by its square; 0 is the ODE
-last = 0.0 # length of the noise-free last step; 0: the form's own (1/steps for flow, 0.04 for SiT's)
+noise = 1.2 # noise level: multiplies the form's diffusion by its square, and ancestral's std; 0 is the ODE
+last = 0.0 # SiT: length of the noise-free last step; 0: the form's own (1/steps for flow, 0.04 for SiT's)
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
+guide = "" # autoguidance: a weaker network in place of the null class, named like ckpt
+guidance = 1.4 # its scale: guide + guidance (main - guide)
+S_churn = 0.0 # EDM2's heun: noise added on the way, over all steps
+S_min = 0.0 # at noise levels of at least this
+S_max = 1e9 # and at most this
+S_noise = 1.0 # in units of what the level needs
 label = -1 # draw this class only; -1: all in turn
 seed = 0 # image i depends on (seed, i) and its label alone
+official = False # EDM2's own way: image i has seed seed + i, and its label is drawn after its noise
 batch_size = 250 # images in one pass, per rank
 out = "out/sample" # folder for grid.png
 npz = "" # also write all images to this file, as ADM's evaluator reads them
@@ -50,13 +61,22 @@ FORMS = {
 }
 
 
+SAMPLERS = {"sit": (*FORMS, "euler", "heun"), "edm2": ("heun", "euler", "ancestral")}    # the first is the default
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7      # EDM2's noise levels
+
+
 class Schedule(NamedTuple):
-    """One row per step: x at t[k] becomes N(a[k] x + c[k] v, std[k]^2). Each (K,) float32; std 0: no noise."""
+    """
+    One row per step, which takes x from time t[k] to end[k]: x becomes N(a[k] x + c[k] v, std[k]^2). Each (K,) float32;
+    std 0: no noise. Before the network sees x, EDM2's churn adds noise of std kick[k].
+    """
     sampler: str
     t: torch.Tensor
+    end: torch.Tensor
     a: torch.Tensor
     c: torch.Tensor
     std: torch.Tensor
+    kick: torch.Tensor
 
     @property
     def noisy(self):                        # indices of the steps that are a policy
@@ -67,29 +87,64 @@ class Schedule(NamedTuple):
         return self.c**2 / (2 * self.std**2)
 
 
-def schedule(sampler, steps, noise=1.0, last=0.0):
+def schedule(sampler, steps, noise=1.0, last=0.0, family="sit", churn=(0.0, 0.0, math.inf, 1.0)):
     """
-    The table of a sampler. Times: linspace(0, 1 - last, steps), then 1, as in SiT; the last step has no noise.
+    The table of a sampler ('': the family's first). churn is EDM2's (S_churn, S_min, S_max, S_noise), for heun.
+    """
+    sampler = sampler or SAMPLERS[family][0]
+    if sampler not in sum(SAMPLERS.values(), ()):
+        fail(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS['sit'])}, or for EDM2 ancestral")
+    if sampler not in SAMPLERS[family]:
+        fail(f"{sampler} is no sampler of this network; choose one of {', '.join(SAMPLERS[family])}")
+    if steps < 2:
+        fail(f"steps {steps}: needed are at least 2")
+    if churn[0] and (family, sampler) != ("edm2", "heun"):
+        fail(f"S_churn {churn[0]} is for EDM2's heun, not for {sampler}")
+    if noise < 0 or churn[0] < 0:
+        fail(f"noise {noise} and S_churn {churn[0]} must not be negative")
+    rows = edm2_rows(sampler, steps, noise, last, churn) if family == "edm2" else sit_rows(sampler, steps, noise, last)
+    return Schedule(sampler, *torch.tensor(rows, dtype=torch.float32).T)
+
+
+def sit_rows(sampler, steps, noise, last):
+    """
+    Times: linspace(0, 1 - last, steps), then 1, as in SiT; the last step has no noise.
     With s = (t v - x) / (1 - t) a step x + dt (v + w s) is linear in x and v. SiT's forms keep w s in the last step
     ("Mean"); flow drops it, so that its last step is the clean estimate x + (1 - t) v.
     w is floored where it is singular: flow and sbdm see max(t, dt/2).
     """
-    if sampler not in FORMS and sampler not in ("euler", "heun"):
-        fail(f"unknown sampler {sampler!r}; choose one of {', '.join(FORMS)}, euler, heun")
-    if steps < 2:
-        fail(f"steps {steps}: needed are at least 2")
     ode = sampler in ("euler", "heun")
     last = last or (1 / steps if ode or sampler == "flow" else 0.04)
-    if not 0 < last < 1 or noise < 0:
-        fail(f"last {last} must lie between 0 and 1, noise {noise} must not be negative")
+    if not 0 < last < 1:
+        fail(f"last {last} must lie between 0 and 1")
     times = np.append(np.linspace(0, 1 - last, steps), 1.0)
     rows = []
     for k, (t, dt) in enumerate(zip(times, np.diff(times))):
         w = 0.0 if ode else noise**2 * FORMS[sampler](max(t, dt / 2) if sampler in ("flow", "sbdm") else t)
         noisy = k < steps - 1
         drift = 0.0 if sampler == "flow" and not noisy else w
-        rows.append((t, 1 - dt * drift / (1 - t), dt * (1 + drift * t / (1 - t)), math.sqrt(2 * w * dt) * noisy))
-    return Schedule(sampler, *torch.tensor(rows, dtype=torch.float32).T)
+        std = math.sqrt(2 * w * dt) * noisy
+        rows.append((t, t + dt, 1 - dt * drift / (1 - t), dt * (1 + drift * t / (1 - t)), std, 0.0))
+    return rows
+
+
+def edm2_rows(sampler, steps, noise, last, churn):
+    """
+    Karras et al. 2022, eq. 5 and algorithm 2: from sigma to the next, x + (x - D) / sigma (down - sigma) is linear in x
+    and the denoised D. ancestral goes down further and comes back by noise; the last step ends at D.
+    """
+    if last:
+        fail(f"last {last} is for SiT; EDM2's last step begins at sigma {SIGMA_MIN}")
+    S_churn, S_min, S_max, S_noise = churn
+    sigmas = np.linspace(SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO), steps) ** RHO
+    rows = []
+    for low, end in zip(sigmas, np.append(sigmas[1:], 0.0)):
+        sigma = low * (1 + min(S_churn / steps, math.sqrt(2) - 1) * (S_min <= low <= S_max))
+        eta = noise if sampler == "ancestral" else 0.0
+        std = min(end, eta * math.sqrt(end**2 * (sigma**2 - end**2) / sigma**2))
+        down = math.sqrt(end**2 - std**2)
+        rows.append((sigma, end, down / sigma, 1 - down / sigma, std, S_noise * math.sqrt(sigma**2 - low**2)))
+    return rows
 
 
 def gaussian_step(plan, k, x, v):
@@ -107,16 +162,48 @@ def log_prob(x, mean, std):
     return -0.5 * z.square().flatten(1).sum(1) - x[0].numel() * std.log() - constant
 
 
-def velocity(model, x, t, y, cfg=1.0, cfg_channels=0):
-    """Velocity (B, C, H, W) at times t (B,); guided: null + cfg (conditional - null), on the first channels or all."""
-    if cfg == 1.0:
-        return model(x, t, y)
-    null = torch.full_like(y, model.num_classes)
-    conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-    guided = unconditional + cfg * (conditional - unconditional)
-    if cfg_channels:
-        guided = torch.cat([guided[:, :cfg_channels], conditional[:, cfg_channels:]], dim=1)
-    return guided
+class Guided(nn.Module):
+    """
+    A network under guidance, called like it: weak + scale (network - weak), on the first `channels` or on all (0); weak
+    is the guide (Karras et al. 2024b) or, without one, the network's own null class. Attributes are the network's.
+    """
+    def __init__(self, model, scale=1.0, channels=0, guide=None):
+        super().__init__()
+        self.model, self.scale, self.channels, self.guide = model, scale, channels, guide
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x, t, y):
+        if self.scale == 1.0:
+            return self.model(x, t, y)
+        if self.guide is None:
+            null = torch.full_like(y, self.num_classes)
+            main, weak = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        else:
+            main, weak = self.model(x, t, y), self.guide(x, t, y)
+        guided = weak + self.scale * (main - weak)
+        if self.channels:
+            guided = torch.cat([guided[:, :self.channels], main[:, self.channels:]], dim=1)
+        return guided
+
+
+def load_guided(c, device):
+    """The network of --ckpt, with its --vae, under the guidance of --cfg, --cfg_channels, --guide and --guidance."""
+    if c.guide and c.cfg != 1.0:
+        fail("--cfg and --guide are two ways to guide; choose one")
+    if "guidance" in c.given and not c.guide:
+        fail("--guidance is the scale of --guide, which is missing; the scale of the null class is --cfg")
+    model, guide = attach_vae(load(c.ckpt, device), c.vae), None
+    if c.guide:
+        guide = load(c.guide, device).requires_grad_(False)
+        if (guide.family, guide.shape) != (model.family, model.shape) or guide.num_classes not in (1, model.num_classes):
+            fail(f"guide {c.guide} is {guide.family} for {guide.shape} and {guide.num_classes} classes; "
+                 f"needed are {model.family}, {model.shape} and {model.num_classes}, or none", code=1)
+    return Guided(model, c.guidance if c.guide else c.cfg, c.cfg_channels, guide)
 
 
 def image_seeds(seed, stream, indices):
@@ -128,9 +215,17 @@ def image_seeds(seed, stream, indices):
     return [int(np.random.SeedSequence((seed, key, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
 
 
-def trajectory(model, seeds, labels, plan, cfg=1.0, cfg_channels=0):
+def official_labels(model, seeds):
+    """EDM2's labels (N,): of each image's generator the noise is drawn first, then the label."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    for g in generators:
+        torch.randn(model.shape, generator=g)
+    return torch.cat([torch.randint(model.num_classes, (1,), generator=g) for g in generators])
+
+
+def trajectory(model, seeds, labels, plan):
     """
-    Yields the states x_0 (noise) .. x_K (clean) of one batch, each (B, C, H, W), each with the velocity at its start
+    Yields the states x_0 (noise) .. x_K (clean) of one batch, each (B, C, H, W), each with the network's output there
     (None for the last). All randomness of an image comes from its own generator, so the batch does not matter.
     """
     device = labels.device
@@ -139,14 +234,18 @@ def trajectory(model, seeds, labels, plan, cfg=1.0, cfg_channels=0):
     def randn():
         return torch.stack([torch.randn(model.shape, generator=g) for g in generators]).to(device)
 
-    x = randn()
-    times = torch.cat([plan.t, plan.t.new_ones(1)]).tolist()
-    for k, (t, t_next) in enumerate(zip(times, times[1:])):
-        v = velocity(model, x, x.new_full((len(x),), t), labels, cfg, cfg_channels).float()
+    edm2 = model.family == "edm2"
+    x = randn() * SIGMA_MAX if edm2 else randn()
+    for k, (t, end) in enumerate(zip(plan.t.tolist(), plan.end.tolist())):
+        if plan.kick[k] > 0:
+            x = x + plan.kick[k].to(device) * randn()
+        v = model(x, x.new_full((len(x),), t), labels).float()
         yield x, v
-        if plan.sampler == "heun":
-            ahead = velocity(model, x + (t_next - t) * v, x.new_full((len(x),), t_next), labels, cfg, cfg_channels)
-            x = x + (t_next - t) / 2 * (v + ahead)
+        if plan.sampler == "heun" and not (edm2 and end == 0):
+            slope = (x - v) / t if edm2 else v                          # dx/dt of the ODE
+            ahead = x + (end - t) * slope
+            v = model(ahead, x.new_full((len(x),), end), labels).float()
+            x = x + (end - t) / 2 * (slope + ((ahead - v) / end if edm2 else v))
             continue
         mean, std = gaussian_step(plan, k, x, v)
         x = mean + std * randn() if plan.std[k] > 0 else mean
@@ -154,25 +253,28 @@ def trajectory(model, seeds, labels, plan, cfg=1.0, cfg_channels=0):
 
 
 def decode(model, x):
-    """(B, 3, H, W) float in [-1, 1] => uint8, as EDM2's and SiT's code: truncated, not rounded."""
-    if model.shape[0] != 3:
-        fail(f"a model of {model.shape[0]} latent channels needs the VAE decoder, which this version does not have yet")
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    """
+    What a model draws, (B, 3, H, W) in [-1, 1] or latents (B, 4, h, w) => uint8 images, as EDM2's and SiT's code:
+    truncated, not rounded. Exit code 2 if latents have no decoder.
+    """
+    if model.shape[0] == 3:
+        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
 
 
 @torch.no_grad()
-def generate(model, seeds, labels=None, sampler="flow", steps=10, cfg=1.0, batch_size=250, noise=1.0, last=0.0,
-             cfg_channels=0):
+def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_size=250, noise=1.0, last=0.0,
+             churn=(0.0, 0.0, math.inf, 1.0)):
     """
-    Yields uint8 batches (b, 3, H, W), one image per seed. labels (N,) int64; None: 0, 1, .. in turn.
-    An image depends on its seed and label alone, up to float rounding.
+    Yields uint8 batches (b, 3, H, W), one image per seed. labels (N,) int64; None: 0, 1, .. in turn. sampler '': the
+    family's own. An image depends on its seed and label alone, up to float rounding.
     """
+    model = model if cfg == 1.0 else Guided(model, cfg)
     device = next(model.parameters()).device
     labels = torch.arange(len(seeds)) % model.num_classes if labels is None else labels
-    plan = schedule(sampler, steps, noise, last)
+    plan = schedule(sampler, steps, noise, last, model.family, churn)
     for i in range(0, len(seeds), batch_size):
-        for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan, cfg,
-                               cfg_channels):
+        for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan):
             pass
         yield decode(model, x)
 
@@ -193,8 +295,9 @@ def save_grid(path, images, columns=20):
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     rank, world, device = setup()
-    schedule(c.sampler, c.steps, c.noise, c.last)           # a wrong sampler ends the script before anything is loaded
-    model = load(c.ckpt, device)
+    model = load_guided(c, device)
+    churn = c.S_churn, c.S_min, c.S_max, c.S_noise
+    plan = schedule(c.sampler, c.steps, c.noise, c.last, model.family, churn)
     if c.num < world or c.batch_size < 1:
         fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
     if not -1 <= c.label < model.num_classes:
@@ -203,11 +306,12 @@ def main(argv=None):
     if c.npz:
         writable(c.npz)
     indices = torch.arange(c.num)[rank::world]
-    labels = indices % model.num_classes if c.label < 0 else torch.full_like(indices, c.label)
+    seeds = (c.seed + indices).tolist() if c.official else image_seeds(c.seed, "select", indices)
+    labels = official_labels(model, seeds) if c.official else indices % model.num_classes
+    labels = labels if c.label < 0 else torch.full_like(labels, c.label)
 
     began = time.time()
-    batches = generate(model, image_seeds(c.seed, "select", indices), labels, c.sampler, c.steps, c.cfg, c.batch_size,
-                       c.noise, c.last, c.cfg_channels)
+    batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, c.noise, c.last, churn)
     bar = tqdm(batches, total=-(-len(indices) // c.batch_size), unit="batch", disable=rank > 0 or None)
     images = gather(torch.cat(list(bar)), c.num)
     seconds = time.time() - began
@@ -217,7 +321,7 @@ def main(argv=None):
         save_grid(grid, images[:400])
         if c.npz:
             np.savez(c.npz, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
-    print0(f"{c.num} images ({c.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
+    print0(f"{c.num} images ({plan.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
            f"{c.num / seconds:.0f} images/s; {os.path.join(c.out, 'grid.png')}" + (f" and {c.npz}" if c.npz else ""))
 
 

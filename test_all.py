@@ -14,7 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -233,7 +235,7 @@ def test_sit_golden():
         out = model(*(torch.from_numpy(g[k]) for k in ("x", "t", "y")))
         x, t, y = (torch.from_numpy(g[k]) for k in ("cfg_x", "cfg_t", "cfg_y"))
         n = len(x) // 2
-        guided = sample.velocity(model, x[:n], t[:n], y[:n], float(g["cfg_scale"]), cfg_channels=3)
+        guided = sample.Guided(model, float(g["cfg_scale"]), 3)(x[:n], t[:n], y[:n])
     assert error(out, g["out"]) < 3e-6
     assert error(guided, g["cfg_out"][:n]) < 3e-6
 
@@ -366,7 +368,7 @@ def test_surrogate_gradient_is_that_of_the_expected_reward():
                 advantage=weights * reward_of(x_next.flatten()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)       # the loss in float64, for the finite difference
-        loss, _, _ = train_rl.ppo_loss(model, part, None, plan, 1.0, 0.2)
+        loss, _, _ = train_rl.ppo_loss(model, part, None, plan, 0.2)
     loss.sum().backward()
     for i in range(2):
         h = torch.zeros(2, dtype=torch.float64)
@@ -378,7 +380,7 @@ def test_surrogate_gradient_is_that_of_the_expected_reward():
 def rolled_out(n=20, name="flow"):
     model, plan = models.load(), sample.schedule(name, 4)
     indices = torch.arange(n)
-    states, velocities = train_rl.roll_out(model, indices, indices % 10, plan, 0, 1.0, 250)
+    states, velocities = train_rl.roll_out(model, indices, indices % 10, plan, 0, 250)
     return model, plan, indices % 10, states, velocities
 
 
@@ -386,11 +388,11 @@ def test_ratio_is_one_before_the_first_update():
     model, plan, labels, states, _ = rolled_out()
     pairs = train_rl.ppo_pairs(states, labels, torch.ones(20), plan, 0, torch.Generator(), 0, 1)
     assert len(pairs["y"]) == 20 * 3
-    loss, log_p, clipped = train_rl.ppo_loss(model, pairs, None, plan, 1.0, 1e-4)
+    loss, log_p, clipped = train_rl.ppo_loss(model, pairs, None, plan, 1e-4)
     assert (loss == -1).all() and clipped == 0
-    again, _, clipped = train_rl.ppo_loss(model, pairs, log_p, plan, 1.0, 1e-4)
+    again, _, clipped = train_rl.ppo_loss(model, pairs, log_p, plan, 1e-4)
     assert (again == -1).all() and clipped == 0
-    assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 1.0, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
+    assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
 
 
 def test_pairs_hold_what_the_sampler_did():
@@ -406,8 +408,8 @@ def test_pairs_hold_what_the_sampler_did():
 
 def test_path_kl_of_a_known_change():
     model, plan, labels, states, velocities = rolled_out()
-    assert train_rl.path_kl(model, states, velocities, labels, plan, 1.0) < 1e-6
-    moved = train_rl.path_kl(model, states, velocities + 0.1, labels, plan, 1.0)
+    assert train_rl.path_kl(model, states, velocities, labels, plan) < 1e-6
+    moved = train_rl.path_kl(model, states, velocities + 0.1, labels, plan)
     exact = sum(plan.kappa[k].item() * 0.01 * 768 for k in plan.noisy)
     assert math.isclose(moved, exact, rel_tol=1e-4)
     x, v, k = states[1], velocities[1], 1
@@ -449,12 +451,12 @@ def test_subset_credit_is_the_exact_gain_and_keeps_labels():
 
 def test_forward_objective_moves_towards_good_images():
     model, plan, labels, states, _ = rolled_out(30, "euler")
-    pairs = train_rl.forward_pairs(states, labels, torch.ones(30), 2, torch.Generator().manual_seed(0), 0, 1)
+    pairs = train_rl.forward_pairs(model, states, labels, torch.ones(30), 2, torch.Generator().manual_seed(0), 0, 1)
     assert len(pairs["y"]) == 60
     xt = pairs["t"].view(-1, 1, 1, 1) * states[-1].repeat(2, 1, 1, 1)
     assert torch.allclose((pairs["x"] - xt) / (1 - pairs["t"]).view(-1, 1, 1, 1),
                           states[-1].repeat(2, 1, 1, 1) - pairs["u"], atol=1e-3)
-    loss, old, _ = train_rl.forward_loss(model, pairs, None, 1.0, 1.0)
+    loss, old, _ = train_rl.forward_loss(model, pairs, None, 1.0)
     loss.mean().backward()
     with torch.no_grad():
         fit = lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean()
@@ -544,6 +546,284 @@ def test_checkpoint_round_trip(tmp_path):
 def test_ema_exponents_golden():
     g = golden("phema.npz")
     assert error(np.array([models.ema_exponent(s) for s in g["std"]]), g["std_to_exp"]) < 1e-9
+
+
+# ---- Published networks: VAE decoder, Inception, DINOv2; statistics -------------------------------------------------
+
+def path_of(name):
+    return os.path.join(GOLDEN, name)
+
+
+def refuses(f, *args):
+    """The one line with which a call ends on a mistake of the user's."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit):
+        f(*args)
+    assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1, err.getvalue()
+    return err.getvalue()
+
+
+def test_safetensors_golden(tmp_path):
+    found = models.read_safetensors(path_of("st_dtypes.safetensors"))
+    exact = torch.load(path_of("st_dtypes.pt"), weights_only=True)
+    assert set(found) == set(exact)
+    assert all(found[k].dtype == x.dtype and torch.equal(found[k], x) for k, x in exact.items())
+    assert "header of 1152921504606846976" in refuses(models.read_safetensors, path_of("st_bad_header.safetensors"))
+    assert "110" in refuses(models.read_safetensors, path_of("st_truncated.safetensors"))
+
+
+@pytest.mark.parametrize("header, said", [
+    ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, "bytes 4 to 12"),                     # overlap
+    ({"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [8, 12])}, "bytes 8 to 12"),             # gap
+    ({"a": ("F32", [3], [-12, 0])}, "bytes -12"), ({"a": ("F32", [4], [0, 16])}, "16 bytes"),    # out of bounds
+    ({"a": ("F32", [2], [0, 12])}, "bytes 0 to 12"), ({"a": ("F32", [-3], [0, 12])}, "bytes 0"),  # another length
+    ({"a": ("F32", [2**60], [0, 2**62])}, "bytes"), ({"a": ("F8", [12], [0, 12])}, "F8"),   # huge; unknown type
+    ({"a": ("F32", ["3"], [0, 12])}, "str"), ([], "whole"), ({"a": 3}, "int"), (b"{", "line 1")])
+def test_safetensors_refuses(tmp_path, header, said):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    if isinstance(header, dict) and isinstance(header["a"], tuple):
+        keys = ("dtype", "shape", "data_offsets")
+        text = json.dumps({name: dict(zip(keys, row)) for name, row in header.items()}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    assert said in refuses(models.read_safetensors, tmp_path / "x.safetensors")
+
+
+def write_vae(path, spelling=str):
+    """golden's VAE, decoys included, as a .safetensors of float16 with metadata."""
+    tensors = torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True)
+    tensors = {spelling(k): x.half() for k, x in tensors.items()}
+    ends = np.cumsum([2 * x.numel() for x in tensors.values()]).tolist()
+    header = {k: dict(dtype="F16", shape=list(x.shape), data_offsets=[end - 2 * x.numel(), end])
+              for (k, x), end in zip(tensors.items(), ends)}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(x.numpy().tobytes() for x in tensors.values()))
+    return str(path)
+
+
+def test_vae_golden(tmp_path):
+    g, names = golden("vae_tiny.npz"), dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+    new = lambda k: re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)", lambda m: m[1] + names[m[2]], k)
+    for path in (path_of("vae_tiny_oldattn.bin"), write_vae(tmp_path / "v.safetensors", new)):
+        w = models.read_vae(path)
+        assert len(w) == 138 and all(x.dtype == torch.float32 for x in w.values())
+        for z, decoded in (("z", "decoded"), ("z_rect", "decoded_rect")):
+            assert error(models.vae_decode(w, torch.from_numpy(g[z])), g[decoded]) < 1e-5
+
+
+def latent_model(family):
+    if family == "sit":
+        return models.SiT(1, 32, 2, (4, 4, 4), 2, 10)
+    return models.EDM2(4, 4, 10, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+
+
+def test_latent_conventions_golden(tmp_path):
+    """Both conventions, each with its own family's golden uint8 images; exchanged, they would be off by dozens."""
+    g = golden("vae_tiny.npz")
+    exact = {"sit": g["sit_uint8"].transpose(0, 3, 1, 2), "edm2": g["edm2_uint8_nchw"]}
+    for family, images in exact.items():
+        model = latent_model(family)
+        said = refuses(sample.decode, model, torch.zeros(1, 4, 4, 4))
+        assert "sd-vae-ft-" + {"sit": "ema", "edm2": "mse"}[family] in said
+        size = sum(p.numel() for p in model.parameters())
+        models.attach_vae(model, path_of("vae_tiny_oldattn.bin"))
+        found = sample.decode(sample.Guided(model), torch.from_numpy(g[f"{family}_latent"])).numpy()
+        off = np.abs(found.astype(int) - images)
+        assert found.dtype == np.uint8 and off.max() <= 1 and (off > 0).sum() <= 10, family
+        models.save(str(tmp_path / "m.pt"), model)
+        assert not any("vae" in k for k in torch.load(tmp_path / "m.pt", weights_only=True)["ema"])
+        assert sum(p.numel() for p in model.parameters()) == size and models.image_size(model) == 32
+
+
+def test_vae_refuses(tmp_path):
+    w = torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True)
+    weight = "decoder.conv_in.weight"
+    for change, said in (({weight: None}, weight), ({"decoder.more.weight": torch.zeros(1)}, "137"),
+                         ({weight: torch.zeros(8, 4, 3, 3)}, "8"), ({weight: 3}, "int")):
+        torch.save({k: x for k, x in {**w, **change}.items() if x is not None}, tmp_path / "v.bin")
+        assert said in refuses(models.read_vae, str(tmp_path / "v.bin"))
+    assert "no VAE" in refuses(models.read_vae, str(tmp_path / "none.safetensors"))
+    assert "needs no VAE" in mistakes(sample, "--vae", path_of("vae_tiny_oldattn.bin"))[1]
+
+
+INCEPTION = {       # block: its layers, each with channels out, channels in and the kernel if it is not 1x1
+    "Conv2d_": "1a_3x3 32 3 3x3, 2a_3x3 32 32 3x3, 2b_3x3 64 32 3x3, 3b_1x1 80 64, 4a_3x3 192 80 3x3",
+    **{f"Mixed_5{b}.branch": f"1x1 64 {i}, 5x5_1 48 {i}, 5x5_2 64 48 5x5, 3x3dbl_1 64 {i}, 3x3dbl_2 96 64 3x3, "
+       f"3x3dbl_3 96 96 3x3, _pool {p} {i}" for b, i, p in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))},
+    "Mixed_6a.branch": "3x3 384 288 3x3, 3x3dbl_1 64 288, 3x3dbl_2 96 64 3x3, 3x3dbl_3 96 96 3x3",
+    **{f"Mixed_6{b}.branch": f"1x1 192 768, 7x7_1 {c} 768, 7x7_2 {c} {c} 1x7, 7x7_3 192 {c} 7x1, 7x7dbl_1 {c} 768, "
+       f"7x7dbl_2 {c} {c} 7x1, 7x7dbl_3 {c} {c} 1x7, 7x7dbl_4 {c} {c} 7x1, 7x7dbl_5 192 {c} 1x7, _pool 192 768"
+       for b, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192))},
+    "Mixed_7a.branch": "3x3_1 192 768, 3x3_2 320 192 3x3, 7x7x3_1 192 768, 7x7x3_2 192 192 1x7, 7x7x3_3 192 192 7x1, "
+                       "7x7x3_4 192 192 3x3",
+    **{f"Mixed_7{b}.branch": f"1x1 320 {i}, 3x3_1 384 {i}, 3x3_2a 384 384 1x3, 3x3_2b 384 384 3x1, 3x3dbl_1 448 {i}, "
+       f"3x3dbl_2 384 448 3x3, 3x3dbl_3a 384 384 1x3, 3x3dbl_3b 384 384 3x1, _pool 192 {i}"
+       for b, i in (("b", 1280), ("c", 2048))},
+}
+
+
+def inception_weights():
+    """The state dict of golden/inception.npz: names and shapes of the published file, values by the README's rule."""
+    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    for block, rows in INCEPTION.items():
+        for layer, channels, *rest in map(str.split, rows.split(", ")):
+            inputs, kernel = rest[0], rest[1] if rest[1:] else "1x1"
+            shapes[f"{block}{layer}.conv.weight"] = tuple(map(int, (channels, inputs, *kernel.split("x"))))
+            for k in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{block}{layer}.bn.{k}"] = (int(channels),)
+            shapes[f"{block}{layer}.bn.num_batches_tracked"] = ()
+    normal = lambda std: lambda r, shape: r.standard_normal(shape) * std
+    uniform = lambda low, high: lambda r, shape: r.uniform(low, high, shape)
+    rules = {"conv.weight": lambda r, shape: r.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])),
+             "bn.weight": uniform(0.7, 1.3), "bn.bias": normal(0.1), "bn.running_mean": normal(0.1),
+             "bn.running_var": uniform(0.6, 1.4), "bn.num_batches_tracked": lambda r, shape: 0,
+             "fc.weight": normal(np.sqrt(1 / 2048)), "fc.bias": normal(0.5)}
+    weights = {}
+    for k, shape in shapes.items():
+        drawn = rules[".".join(k.split(".")[-2:])](np.random.RandomState(zlib.crc32(k.encode())), shape)
+        weights[k] = torch.from_numpy(np.asarray(drawn, np.float32 if shape else np.int64))
+    return weights
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth")
+    torch.save(inception_weights(), path)
+    return path
+
+
+def test_inception_golden(inception_file):
+    g, weights = golden("inception.npz"), torch.load(inception_file, weights_only=True)
+    assert sorted(weights) == sorted(g["all_keys"])
+    assert sum(w.numel() for k, w in weights.items() if "running" not in k and w.dim()) == 23850960
+    for k, first, total in zip(g["check_keys"], g["check_first4"], g["check_abs_sum"]):
+        assert np.array_equal(weights[k].flatten()[:4].numpy(), first)
+        assert math.isclose(weights[k].double().abs().sum(), total, rel_tol=1e-6)
+    for k in ("up", "down", "to299"):
+        exact = g[f"resize_{k}_out"]
+        assert error(fid.resize_tf1(torch.from_numpy(g[f"resize_{k}_in"]).float(), exact.shape[2:]), exact) < 1e-6, k
+    net = fid.feature_net("inception", inception_file)
+    assert (net.dim, net.size, net.name) == (2048, None, "inception") and net.hash == fid.sha256(inception_file)
+    for size in (64, 256, 299):
+        features = net(torch.from_numpy(g[f"images_{size}"]))
+        assert features.dtype == torch.float32 and error(features, g[f"pool_{size}"]) < 1e-5, size
+
+
+def test_dinov2_golden():
+    g, net = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt"))
+    for size in ("224", "torch_64", "torch_300"):
+        assert error(net(torch.from_numpy(g[f"images_{size.split('_')[-1]}"])), g[f"cls_{size}"]) < 1e-5, size
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    assert error(fid.dinov2(net.w, (torch.from_numpy(g["image_518"]) / 255 - mean) / std), g["cls_518"]) < 1e-5
+
+
+def test_published_weights_are_pinned(tmp_path, monkeypatch, capsys):
+    """A download with a wrong hash is refused and leaves nothing; a file the user names is used, with a note."""
+    tiny = path_of("dinov2_tiny.pt")
+    digest = fid.sha256(tiny)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    cached = tmp_path / "checkpoints" / "dinov2_tiny.pt"
+    publish = lambda digest, url: monkeypatch.setitem(fid.WEIGHTS, "dinov2", ("dinov2_tiny.pt", digest, url))
+    publish("12345678", f"file://{GOLDEN}/")
+    assert "hash" in refuses(fid.feature_net, "dinov2") and os.listdir(tmp_path / "checkpoints") == []
+    publish(digest, f"file://{tmp_path}/offline/")
+    assert f"bring it to {cached}" in refuses(fid.feature_net, "dinov2")
+    publish(digest[:8], f"file://{GOLDEN}/")
+    assert fid.feature_net("dinov2").hash == digest and cached.is_file() and capsys.readouterr().out == ""
+    publish("12345678", f"file://{GOLDEN}/")
+    assert "delete it" in refuses(fid.feature_net, "dinov2")
+    assert fid.feature_net("dinov2", GOLDEN).hash == digest and "a score of its own" in capsys.readouterr().out
+    assert "does not hold inception" in refuses(fid.feature_net, "inception", tiny)
+    assert "no weights" in refuses(fid.feature_net, "inception", str(tmp_path / "none.pth"))
+
+
+def known_as(name, dim, hash=""):
+    return types.SimpleNamespace(name=name, dim=dim, hash=hash, resize="none")
+
+
+def test_statistics_golden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    g, net = golden("stats_expect.npz"), known_as("inception", 64)
+    features = torch.from_numpy(g["features"])
+    fake = fid.Summary(300, *reward.Moments(64).add(features).gaussian(), features)
+    for file, num in (("ref_adm.npz", 0), ("ref_fid.npz", 0), ("ref_edm2.pkl", 900)):
+        real = fid.read_statistics(path_of(file), net)
+        assert real.num == num and np.array_equal(real.mu, g["mu"]) and np.array_equal(real.cov, g["sigma"]), file
+        assert abs(fid.judge(fake, real)["fid"] - g["fid"]) < 1e-6
+    dino = fid.read_statistics(path_of("ref_edm2.pkl"), known_as("dinov2", 40))
+    assert np.array_equal(dino.mu, g["fd_dinov2_mu"]) and np.array_equal(dino.cov, g["fd_dinov2_sigma"])
+    for file in ("malicious_ref.npz", "malicious_ref.pkl"):
+        refuses(fid.read_statistics, path_of(file), net)
+    assert os.listdir(tmp_path) == [], "nothing was run"
+
+
+def test_statistics_refuse(tmp_path):
+    path, net = str(tmp_path / "s.npz"), known_as("tiny", 3, "aaaaaaaa")
+    eye, mu = np.eye(3), np.zeros(3)
+    for stored, said in (
+            (dict(mu=mu, sigma=eye, features="tiny2"), "tiny2"), (dict(mu=mu, sigma=eye, hash="bbbb"), "other weights"),
+            (dict(mu=mu, sigma=np.eye(4)), "3-d"), (dict(mu=np.float64(1), sigma=eye), "1-d"), (dict(mu=mu), "sigma"),
+            (dict(mu=mu * math.nan, sigma=eye), "NaN"), (dict(mu=mu, sigma=eye + np.eye(3, k=1)), "symmetric"),
+            (dict(mu=mu, sigma=np.diag([1., 1, -0.1])), "negative"), (dict(mu=np.array(["x"]), sigma=eye), "numbers")):
+        np.savez(path, **stored)
+        assert said in refuses(fid.read_statistics, path, net), stored
+    np.savez(path, mu=mu, sigma=np.diag([1., 1, 0]), hash="aaaaaaaa", features="tiny", num=7)
+    assert fid.read_statistics(path, net).num == 7, "a singular covariance is one"
+    fid.write_statistics(path, fid.Summary(9, torch.zeros(3).double(), torch.eye(3).double(), None), net)
+    with np.load(path) as f:
+        assert {k: str(f[k]) for k in ("num", "features", "hash", "resize", "quantisation")} == dict(
+            num="9", features="tiny", hash="aaaaaaaa", resize="none", quantisation="uint8")
+
+
+def test_latent_model_end_to_end(tmp_path):
+    """A SiT on latents with a VAE from a file, and DINOv2 as reward and judge against a file of statistics."""
+    models.save(str(tmp_path / "m.pt"), latent_model("sit"))
+    common = ["--vae", write_vae(tmp_path / "v.safetensors"), "--sampler=sigma", "--steps=3"]
+    net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
+    base, images = ["--ckpt", tmp_path / "m.pt", *common], tmp_path / "s.npz"
+    assert run(sample, *base, "--num=70", "--out", tmp_path, "--npz", images)[0] == 0
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (70, 32, 32, 3)
+    code, out, err = run(fid, "--images", images, *net, "--stats", tmp_path / "stats.npz")
+    assert code == 0 and "70 images" in out, err
+    argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
+    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--credit=subset", "--subset=2", "--batch=4",
+                         "--reference=20", "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
+    assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
+    assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
+    code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
+    assert code == 0 and "cannot fill 64 dimensions" in out, err
+    assert "sd-vae-ft-ema" in mistakes(train_rl, "--ckpt", path_of("sit_tiny.pt"))[1]
+    assert "32 pixels, the tiny world has 16" in mistakes(fid, *base, "--num=4", *net)[1]
+
+
+def test_moments_from_a_file(tmp_path):
+    """The reward starts from stored moments as from the images behind them: two images are then enough for a step."""
+    images = torch.cat(list(sample.generate(models.load(), sample.image_seeds(0, "select", range(400)), steps=4)))
+    np.savez(tmp_path / "i.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    stats = tmp_path / "s.npz"
+    assert run(fid, "--images", tmp_path / "i.npz", "--features=tiny", "--stats", stats)[0] == 0
+    net = fid.feature_net("tiny")
+    exact, found = reward.Moments(64), train_rl.stored_moments(str(stats), net, "cpu")
+    exact.add(net(images))
+    assert found.effective == exact.effective == 400
+    assert all(error(a, b) < 1e-6 for a, b in zip((found.sum, found.outer), (exact.sum, exact.outer)))
+    argv = ["--moments", stats, "--batch=2", "--iters=1", "--objective=ppo", "--memory=0.9", "--num=0", "--num_real=99",
+            "--steps=4"]
+    code, out, err = run(train_rl, *argv, "--out", tmp_path / "o")
+    assert code == 0, err
+    row = json.loads(open(tmp_path / "o" / "log.jsonl").read())
+    base = reward.frechet_distance(*exact.gaussian(), *fid.real_summaries("tiny", [net], "train", 1, 300)["tiny"][1:3])
+    assert row["images"] == 2 and abs(row["fd"] / base - 1) < 0.05, (row["fd"], base)
+    assert "reference does nothing" in mistakes(train_rl, *argv, "--reference=9")[1]
+    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64), num=64)
+    assert "64-d moments need more than 64" in mistakes(train_rl, *argv, "--out", tmp_path / "o")[1]
+
+
+def test_images_as_they_are(tmp_path):
+    """A network for any size gets a folder's images as they are, and says so when they are of several sizes."""
+    folder = make_folder(tmp_path / "f", 10, 0)
+    net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
+    assert "another size" in mistakes(fid, "--real", folder, "--stats", tmp_path / "s.npz", *net)[1]
+    assert "does nothing" in mistakes(train_rl, "--features_path=x")[1]
 
 
 # ---- Command lines --------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ Left out on purpose: a value network (the mean of an image's class is the baseli
 small, their KL is exact, printed and bounded).
 
 python train_rl.py                                              # tiny model, four minutes on two CPU cores
+python train_rl.py --ckpt=edm2-tiny                             # the same for EDM2
 python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after python models.py --real FOLDER
+python train_rl.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real stats.npz --judges inception
 torchrun --nproc_per_node=8 train_rl.py                         # any number of ranks draws the same images
 """
 import copy
@@ -27,33 +29,40 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import distance, evaluate, feature_net, histogram_distance, real_summaries
-from models import check_classes, configure, fail, gather, load, print0, save, setup, writable
+from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
+from models import (Config, check_classes, configure, fail, gather, image_size, is_statistics, print0, renoise, save,
+                    setup, writable)
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
-from sample import (Schedule, decode, gaussian_step, image_seeds, log_prob, save_grid, schedule, trajectory,
-                    velocity)
+from sample import (Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
+                    trajectory)
 
 # -----------------------------------------------------------------------------
-ckpt = "" # .pt file or the name of an asset; empty: the tiny base
-real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
+ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
+real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
 out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
 json = "" # also write the table before / after to this file
 seed = 0 # of rollouts; evaluation has its own stream
 # what is drawn
 iters = 110 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
-sampler = "flow" # of rollouts and evaluation, see sample.py
-steps = 10 # of the sampler
+sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
+steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
 noise = 1.2 # its noise level
 last = 0.0 # length of its last step; 0: the form's own
-cfg = 1.0 # guidance scale
-rollout = "euler" # sampler of the forward objective's rollouts
+cfg = 1.0 # guidance scale; 1: none
+cfg_channels = 0 # guide only the first so many channels; 0: all
+guide = "" # autoguidance: a weaker network in place of the null class
+guidance = 1.4 # its scale
+rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
-features = "tiny" # feature network of the reward
+features = "tiny" # feature network of the reward, see fid.py
+features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 credit = "image" # image: first variation of FD; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
+moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
@@ -66,8 +75,8 @@ times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of eac
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 1e-4 # Adam, ppo; most of its steps are cut by kl_limit
-lr_forward = 3e-5 # Adam, forward
+lr = 0.0 # Adam, ppo; most of its steps are cut by kl_limit; 0: 1e-4 for SiT, 1e-3 for EDM2
+lr_forward = 0.0 # Adam, forward; 0: 3e-5 for SiT, 3e-4 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = False # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
@@ -83,30 +92,35 @@ eval_full = False # also evaluate with 5 times the steps
 # -----------------------------------------------------------------------------
 
 
+# What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
+FAMILIES = {"sit": dict(sampler="flow", rollout="euler", lr=1e-4, lr_forward=3e-5),
+            "edm2": dict(sampler="ancestral", rollout="heun", lr=1e-3, lr_forward=3e-4)}
+
+
 # ---- Rollout --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def roll_out(model, indices, labels, plan, seed, cfg, batch_size):
+def roll_out(model, indices, labels, plan, seed, batch_size):
     """
-    Images `indices` (n,) of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities
-    (K, n, C, H, W) at their starts.
+    Images `indices` (n,) of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities (or denoised
+    images, for EDM2) (K, n, C, H, W) at their starts.
     """
     seeds = image_seeds(seed, "train", indices)
     states, velocities = [], []
     for i in range(0, len(seeds), batch_size):
-        xs, vs = zip(*trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size], plan, cfg))
+        xs, vs = zip(*trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size], plan))
         states.append(torch.stack(xs))
         velocities.append(torch.stack(vs[:-1]))
     return torch.cat(states, dim=1), torch.cat(velocities, dim=1)
 
 
-def draw_features(model, net, first, count, plan, seed, cfg, batch_size, device):
+def draw_features(model, net, first, count, plan, seed, batch_size, device):
     """Features (count, d), on every rank, and labels of images first .. first + count - 1 of the training stream."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = torch.arange(first, first + count)[rank::world]
     kept = []
     for part in mine.split(batch_size):
-        states, _ = roll_out(model, part, part.to(device) % model.num_classes, plan, seed, cfg, batch_size)
+        states, _ = roll_out(model, part, part.to(device) % model.num_classes, plan, seed, batch_size)
         kept.append(net(decode(model, states[-1])))
     features = torch.cat(kept) if kept else torch.empty(0, net.dim, device=device)
     return gather(features, count), torch.arange(first, first + count, device=device) % model.num_classes
@@ -137,11 +151,22 @@ def strongest(advantages, top):
     return selected
 
 
+def stored_moments(path, net, device):
+    """Moments as the images behind a file of statistics left them; their number has to be in it."""
+    num, mu, cov, _ = read_statistics(path, net, device)
+    if num <= net.dim:
+        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
+    moments = Moments(net.dim, device)
+    moments.weight = moments.squares = float(num)
+    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
+    return moments
+
+
 class ImageCredit:
     """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
-    def __init__(self, features, real, memory):
+    def __init__(self, moments, real, memory):
         self.real_mu, self.real_root, self.memory = real.mu, covariance_root(real.cov), memory
-        self.moments = Moments(features.shape[1], features.device).add(features)
+        self.moments = moments
 
     def __call__(self, features, labels, bound):
         self.moments.fade(self.memory).add(features)
@@ -221,20 +246,19 @@ def ppo_pairs(states, labels, advantages, plan, times, rng, rank, world):
     return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float())
 
 
-def forward_pairs(states, labels, advantages, times, rng, rank, world):
+def forward_pairs(model, states, labels, advantages, times, rng, rank, world):
     """Clean images of this rank, each re-noised at `times` random times. A dict as ppo_pairs'."""
     x1 = states[-1].repeat(times, 1, 1, 1)
     n = states.shape[1]
-    x0 = torch.cat([torch.randn(n * world, *x1.shape[1:], generator=rng)[rank::world] for _ in range(times)])
-    t = torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
-    x0, t = x0.to(x1.device), t.to(x1.device)
-    xt = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
-    return dict(x=xt, t=t, u=x1 - x0, y=labels.repeat(times), advantage=advantages.float().repeat(times))
+    noise = torch.cat([torch.randn(n * world, *x1.shape[1:], generator=rng)[rank::world] for _ in range(times)])
+    uniform = torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
+    x, t, u, weight = renoise(model, x1, noise.to(x1.device), uniform.to(x1.device))
+    return dict(x=x, t=t, u=u, y=labels.repeat(times), advantage=advantages.float().repeat(times), weight=weight)
 
 
-def ppo_loss(model, part, old, plan, cfg, clip):
+def ppo_loss(model, part, old, plan, clip):
     """-min(ratio A, clip(ratio) A) per pair; clip in nats. Returns loss (b,), log-probabilities (b,), share clipped."""
-    v = velocity(model, part["x"], plan.t.to(part["x"].device)[part["k"]], part["y"], cfg).float()
+    v = model(part["x"], plan.t.to(part["x"].device)[part["k"]], part["y"]).float()
     log_p = log_prob(part["x_next"], *gaussian_step(plan, part["k"], part["x"], v))
     log_ratio = log_p - (log_p.detach() if old is None else old)
     ratio, bounded = log_ratio.exp(), log_ratio.clamp(-clip, clip).exp()
@@ -242,12 +266,16 @@ def ppo_loss(model, part, old, plan, cfg, clip):
     return loss, log_p.detach(), (log_ratio.abs() > clip).float().mean().item()
 
 
-def forward_loss(model, part, old, cfg, proximal):
-    """-A (u - v_old) . v + (b/2) |v - v_old|^2, mean over dimensions. Returns loss (b,), v_old, 0."""
-    v = velocity(model, part["x"], part["t"], part["y"], cfg).float()
+def forward_loss(model, part, old, proximal):
+    """
+    -A (u - v_old) . v + (b/2) |v - v_old|^2, mean over dimensions. Returns loss (b,), v_old, 0.
+    EDM2: u = x1 and v = D, times 1 / c_out^2: as D = c_skip x + c_out F this is the same loss of its unit-variance F.
+    """
+    v = model(part["x"], part["t"], part["y"]).float()
     old = v.detach() if old is None else old
     pull = ((part["u"] - old) * v).flatten(1).mean(1)
-    return -part["advantage"] * pull + proximal / 2 * (v - old).square().flatten(1).mean(1), old, 0.0
+    push = (v - old).square().flatten(1).mean(1)
+    return part["weight"] * (-part["advantage"] * pull + proximal / 2 * push), old, 0.0
 
 
 def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
@@ -272,26 +300,26 @@ def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_cli
 
 
 @torch.no_grad()
-def path_kl(model, states, velocities, labels, plan, cfg):
+def path_kl(model, states, velocities, labels, plan):
     """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean over images, in nats."""
     kl = torch.zeros((), device=states.device)
     for k in plan.noisy.tolist():
         t = torch.full((states.shape[1],), plan.t[k].item(), device=states.device)
-        change = velocity(model, states[k], t, labels, cfg).float() - velocities[k]
+        change = model(states[k], t, labels).float() - velocities[k]
         kl += plan.kappa[k].item() * change.square().sum() / states.shape[1]
     dist.all_reduce(kl)
     return kl.item() / dist.get_world_size()
 
 
 @torch.no_grad()
-def guard(model, params, start, probe, plan, cfg, kl_limit):
+def guard(model, params, start, probe, plan, kl_limit):
     """
     Take the step from `start` to the present params back, by halves, until its path KL is within the limit; it grows
     with the square of the step. Returns the KL of what is left, in nats (None without noise), and the halvings.
     """
     if not len(plan.noisy):
         return None, 0
-    kl = path_kl(model, *probe, plan, cfg)
+    kl = path_kl(model, *probe, plan)
     if not math.isfinite(kl):
         fail("the path KL is not finite: the run diverged; lower --lr or --kl_limit", code=1)
     halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / kl_limit, 4)))
@@ -310,8 +338,8 @@ def judge_model(model, nets, real, floors, samplers, c):
     """Rows of the table, every (sampler, steps) judged in every net, and the first images of the first sampler."""
     rows, images = [], None
     for name, steps in samplers:
-        last = c.last * c.steps / steps if name == c.sampler else 0.0       # its grid was chosen for the first row
-        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.cfg, c.seed, "report", c.num_prdc,
+        last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
+        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.seed, "report", c.num_prdc,
                          c.batch_size, keep=min(c.num, 200))
         images = found["images"] if images is None else images
         for net in nets:
@@ -379,20 +407,24 @@ def check(c, world):
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
     if not (0 <= c.memory < 1 and 0 < c.top <= 1 and 0 <= c.ema < 1 and 0 <= c.beta1 < 1):
         fail(f"memory {c.memory}, ema {c.ema} and beta1 {c.beta1} must lie in [0, 1), top {c.top} in (0, 1]")
-    for name in ("lr", "bound", "clip", "kl_limit", "grad_clip"):
+    for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
+    if min(c.lr, c.lr_forward) < 0:
+        fail(f"lr {c.lr}, lr_forward {c.lr_forward}: needed is more than 0, or 0 for the family's own")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
+    if c.features_path and not {c.features, *c.judges} & set(WEIGHTS):
+        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features and --judges; leave it out")
     if c.real.endswith(".npz") and c.num and c.judges != [c.features]:
         fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
     if c.json and not c.num:
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
-    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory",),
+    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory", "moments"),
             "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
-    for where in (f"credit={c.credit}", f"objective={c.objective}"):
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every"), "moments": ("reference",)}
+    for where in (f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
@@ -408,31 +440,34 @@ class Course(NamedTuple):
     lr: float
 
 
-def begin(c, objective, plan, features, labels, real, params):
-    """A Course that starts from the features (N, d) and labels (N,) of a reference set."""
-    if c.credit == "image":
-        reward_of = ImageCredit(features, real, c.memory)
+def begin(c, objective, plan, stored, draw, real, params):
+    """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
+    if stored:
+        reward_of = ImageCredit(stored.copy(), real, c.memory)
+    elif c.credit == "image":
+        reward_of = ImageCredit(Moments(len(real.mu), real.mu.device).add(draw()[0]), real, c.memory)
     else:
-        reward_of = SubsetCredit(features, labels, real, c.subset, c.seed)
+        reward_of = SubsetCredit(*draw(), real, c.subset, c.seed)
     lr = c.lr if objective == "ppo" else c.lr_forward
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
-def train(c, model, net, real, plans):
+def train(c, model, net, real, plans, stored=None):
     """
     The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
-    OUT/log.jsonl. Returns the average of its weights (a model), the images drawn, and the seconds spent by phase.
+    OUT/log.jsonl. The reference set is drawn, or known by its `stored` Moments. Returns the average of the model's
+    weights (a model), the images drawn, and the seconds spent by phase.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.cfg, c.batch_size, device)
-    ddp = DistributedDataParallel(model)
-    ddp.num_classes = model.num_classes     # guidance asks for the null class
+    draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.batch_size, device)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)      # one copy of the gradients, not two
     params = [p for p in model.parameters() if p.requires_grad]
 
-    # The reference sets are drawn by the base, with the first images of the training stream.
-    courses = [begin(c, objective, plan, *draw(i * c.reference, plan), real, params)
+    # The reference sets are drawn by the base, with the first images of the training stream, unless stored.
+    count = 0 if stored else c.reference
+    courses = [begin(c, objective, plan, stored, lambda: draw(i * count, plan), real, params)
                for i, (objective, plan) in enumerate(plans.items())]
-    drawn, turns = len(courses) * c.reference, [0] * len(courses)
+    drawn, turns = len(courses) * count, [0] * len(courses)
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
@@ -451,7 +486,7 @@ def train(c, model, net, real, plans):
         indices = torch.arange(drawn, drawn + c.batch)
         labels = indices.to(device) % model.num_classes
         mine = labels[rank::world]
-        states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.cfg, c.batch_size)
+        states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.batch_size)
         drawn += c.batch
         clock.append(time.perf_counter())
         features = gather(net(decode(model, states[-1])), c.batch)
@@ -464,10 +499,10 @@ def train(c, model, net, real, plans):
         rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
         if objective == "ppo":
             pairs = ppo_pairs(states, mine, advantages[rank::world], plan, c.times, rng, rank, world)
-            loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.cfg, c.clip)
+            loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.clip)
         else:
-            pairs = forward_pairs(states, mine, advantages[rank::world], c.times, rng, rank, world)
-            loss_of = lambda m, part, old: forward_loss(m, part, old, c.cfg, c.proximal)
+            pairs = forward_pairs(model, states, mine, advantages[rank::world], c.times, rng, rank, world)
+            loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
         lr = lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else lr
         optimizer.param_groups[0]["lr"] = lr
         start = [p.detach().clone() for p in params]
@@ -476,7 +511,7 @@ def train(c, model, net, real, plans):
 
         few = max(1, 64 // world)
         probe = states[:, :few], velocities[:, :few], mine[:few]
-        kl, halvings = guard(model, params, start, probe, plan, c.cfg, c.kl_limit)
+        kl, halvings = guard(model, params, start, probe, plan, c.kl_limit)
         with torch.no_grad():
             torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
         clock.append(time.perf_counter())
@@ -487,12 +522,23 @@ def train(c, model, net, real, plans):
         report(log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
             it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
             kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
-            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds))
+            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds), c.iters)
     return average.eval(), drawn, phases
 
 
-def report(log, show, row):
-    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file."""
+def memory_estimate(c, model, net, courses, world):
+    """Line for people: what a rank keeps during training, in GB, known from sizes alone; activations come on top."""
+    weights = sum(p.numel() for p in model.model.parameters())
+    rollout = 2 * (c.steps + 1) * (c.batch // world) * math.prod(model.shape)           # states and velocities
+    parts = {"weights": weights, "their average": weights, "undo": weights, "gradients": weights,
+             "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
+    gb = {name: 4 * count / 2**30 for name, count in parts.items()}
+    largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
+    return f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'} beside activations"
+
+
+def report(log, show, row, iters):
+    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file. The first tells the time."""
     if log is None:
         return
     log.write(dumps(row) + "\n")
@@ -502,6 +548,9 @@ def report(log, show, row):
         tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} "
                    f"+- {row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
                    f"{row['images_per_second']:6.0f} images/s")
+    if row["it"] == 0:
+        seconds = sum(row["seconds"].values())
+        tqdm.write(f"first iteration {seconds:.1f} s: all {iters} in about {seconds * iters / 60:.1f} minutes")
 
 
 def main(argv=None):
@@ -509,30 +558,35 @@ def main(argv=None):
     rank, world, device = setup()
     began = time.time()
     check(c, world)
-    plans = dict(ppo=schedule(c.sampler, c.steps, c.noise, c.last),
-                 forward=schedule(c.rollout, c.steps, c.noise, c.last if c.rollout == c.sampler else 0.0))
-    plans = {name: plan for name, plan in plans.items() if c.objective in (name, "both")}
+    model = load_guided(c, device)
+    c = Config(c, **{name: c[name] or value for name, value in FAMILIES[model.family].items()})
+    steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
+    last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
+    plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.family)
+             for objective, name in (("ppo", c.sampler), ("forward", c.rollout)) if c.objective in (objective, "both")}
     if "ppo" in plans and not len(plans["ppo"].noisy):
-        fail(f"{c.sampler} has no noise, so ppo has no policy; try --sampler=flow, or --objective=forward")
-    model = load(c.ckpt, device)
+        fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
-    net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
-    print0(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
+    nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
+            for name in dict.fromkeys([c.features, *c.judges])}
+    net, judges = nets[c.features], [nets[name] for name in c.judges]
+    print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
-           + f"; {c.credit} credit in {net.name} ({net.dim}-d)")
+           + f"; {c.credit} credit in {net.name} ({net.dim}-d)\n" + memory_estimate(c, model, net, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
-    num_real = c.num_real if c.real == "tiny" else 0
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
+    num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
+    real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
     if real_train.num and real_train.num <= net.dim:
         fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", 1)
+    stored = stored_moments(c.moments, net, device) if c.moments else None
     if c.num:
-        samplers = [(c.sampler, c.steps), ("euler", c.steps)]
+        samplers = [(name, steps_of(name)) for name in (c.sampler, FAMILIES[model.family]["rollout"])]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
-        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device)
-        real_floor = {} if c.real.endswith(".npz") else real_summaries(
-            c.real, judges, "floor", c.num_prdc, c.num, device)
+        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size)
+        real_floor = {} if is_statistics(c.real) else real_summaries(
+            c.real, judges, "floor", c.num_prdc, c.num, device, size)
         floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
         if real_floor and real_floor[judges[0].name].num < c.num:
             print0(f"note: no floor, as {c.real} has {real_floor[judges[0].name].num} real images for it, not {c.num}")
@@ -543,9 +597,9 @@ def main(argv=None):
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
-    average, drawn, phases = train(c, model, net, real_train, plans)
+    average, drawn, phases = train(c, model, net, real_train, plans, stored)
     if rank == 0:
-        save(os.path.join(c.out, "ckpt.pt"), average, config=dict(c))
+        save(os.path.join(c.out, "ckpt.pt"), average.model, config=dict(c))
     print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
         f"{phase} {s:.1f} s ({s / sum(phases.values()):.1%})" for phase, s in phases.items()))
     if not c.num:
