@@ -101,8 +101,8 @@ class Moments:
     def gaussian(self):
         """mu (d,), cov (d, d): the unbiased covariance, with N - 1 when all weights are 1."""
         mu = self.sum / self.weight
-        cov = (self.outer - self.weight * torch.outer(mu, mu)) / (self.weight - self.squares / self.weight)
-        return mu, (cov + cov.T) / 2
+        cov = torch.addr(self.outer, mu, mu, alpha=-self.weight).div_(self.weight - self.squares / self.weight)
+        return mu, (cov + cov.T).div_(2)
 
 
 def covariance_root(cov):
@@ -185,7 +185,7 @@ class Base:
         if self.singular:
             raise ValueError("the generated covariance is singular, so no image has a first variation: "
                              "the set needs more images than features have dimensions, better five times as many")
-        f = features.double() - self.mu
+        f = features - self.mu
         transported = (f @ self.axes).square() @ self.vals.rsqrt()
         return f.square().sum(1) - transported + 2 * f @ self.shift - self.trace + self.roots
 
@@ -247,8 +247,6 @@ def root_trace_change(vals, new, removed, num, tolerance, largest=None):
     """
     n, d = new.shape[1:]
     v = torch.cat([torch.ones(n), -torch.ones(n)]).to(vals)
-    middle = (v.diag() - v[:, None] * v / num) / (num - 1)
-    rows = torch.cat([new, removed.expand(new.shape)], dim=1)
     if n <= (d // 4 if largest is None else largest):
         added, taken = new.square().sum(1), removed.square().sum(-2)
         shift = (new.sum(1) - removed.sum(-2)).square() / num
@@ -256,13 +254,16 @@ def root_trace_change(vals, new, removed, num, tolerance, largest=None):
         gram = torch.linalg.eigvalsh(removed / vals @ removed.mT)[..., -1]
         loss = ((gram + shift @ (1 / vals)) / (num - 1)).max().item()
         if loss < 0.99:
-            X = middle @ (rows * vals**-0.75 @ rows.mT)
-            curvature = (X * X.mT).sum((1, 2)).max().item() / (1 + (1 - loss)**0.5)**2
+            weights = vals**-0.75
+            norm_new, norm_removed = ((x * weights @ x.mT).norm(dim=(-2, -1)) for x in (new, removed))
+            curvature = norm_new.square() + (norm_removed + shift @ weights).square()
+            curvature = curvature.max().item() / (num - 1)**2 / (1 + (1 - loss)**0.5)**2
             high = (vals[-1] + added.sum(1).max() / (num - 1)).item()
             t, c, error = quadrature((1 - loss) * vals[0].item(), high, curvature, tolerance, most=40)
             if error <= tolerance:
                 first = (added - taken - shift) @ vals.rsqrt() / 2 / (num - 1)
                 return first + by_determinants(vals, new, removed, v, num, t.to(vals), c.to(vals)), len(t)
+    rows, middle = torch.cat([new, removed.expand(new.shape)], dim=1), (v.diag() - v[:, None] * v / num) / (num - 1)
     changed = torch.stack([torch.linalg.eigvalsh(vals.diag() + y.T @ middle @ y) for y in rows])
     return changed.clamp(min=0).sqrt().sum(1) - vals.sqrt().sum(), 0
 
@@ -313,7 +314,7 @@ class Stream:
         psi, base, W, left = self.influence(features), self.base, self.moments.weight, self.moments.weight - 1
         freedom = W - self.moments.squares / W          # the covariance's denominator: N - 1 when all weights are 1
         grow, drop = freedom / (left - (self.moments.squares - 1) / left), W / (left * freedom)
-        g = features.double() - base.mu
+        g = features - base.mu
         squares, norm = drop * (g @ base.axes).square(), g.square().sum(1)
         least = 1 - (squares @ (1 / base.vals)).max().item()
         if least < 1e-3:
@@ -411,11 +412,12 @@ class ReferenceSet:
 
         if base.singular:                   # N <= d, or features that are linearly dependent
             return torch.stack([whole(k) for k in range(len(new))])
-        f, g = new.double() - base.mu, removed.double() - base.mu
-        roots, self.nodes = root_trace_change(base.vals, f @ base.axes, g @ base.axes, N, QUADRATURE_ERROR * base.traces)
+        f, g = new - base.mu, removed - base.mu
+        roots, self.nodes = root_trace_change(base.vals, f @ base.axes, g @ base.axes, N,
+                                              QUADRATURE_ERROR * base.traces)
         shift = f.sum(1) - g.sum(-2)
         mean = (2 * shift @ base.shift + shift.square().sum(1) / N) / N
-        trace = (f.square().sum((1, 2)) - g.square().sum((-2, -1)) - shift.square().sum(1) / N) / (N - 1)
+        trace = (f.norm(dim=(1, 2)).square() - g.norm(dim=(-2, -1)).square() - shift.square().sum(1) / N) / (N - 1)
         gains = 2 * roots - mean - trace
         if self.checked is not base:
             self.checked, self.deviation = base, (gains[0] - whole(0)).abs().item()
@@ -479,11 +481,10 @@ class ReferenceSet:
         shape = len(range(self.rank, state["num"], self.world)), self.features.shape[1]
         if state["features"].shape != shape:
             raise ValueError(f"features {tuple(state['features'].shape)}: needed are {shape}, on {self.world} ranks")
-        moments, state = copy.copy(self.moments), copy.deepcopy(state)
+        state, moments, self.before, self.proposed = copy.deepcopy(state), copy.copy(self.moments), None, None
         self.features, self.num, self.oldest = (state.pop(k) for k in ("features", "num", "oldest"))
         vars(moments).update(state)
         self.stream.set(moments)
-        self.before = self.proposed = None
 
     def audit(self, bound=1e-9):
         """The relative drift of the moments from what the features say, asserted to be within the bound."""
@@ -559,17 +560,12 @@ class KernelSet:
         own, within, across = self.own(features), self.sums(features, self.features), self.sums(features, self.real)
         return self.distance(self.totals - torch.stack([own, 2 * within - own, across], 1), self.num - 1) - self.value
 
-    def replace(self, slots, features):
-        check_swap(slots, features, self.num, self.features.shape[1])
-        features = features.to(self.features)
-        self.totals = self.totals + self.change(slots, features)
-        self.features[slots] = features
-
     def push(self, features):
-        features = features[-self.num:]
+        features = features[-self.num:].to(self.features)
         slots = (self.oldest + torch.arange(len(features))) % self.num
-        self.replace(slots, features)
-        self.oldest = (self.oldest + len(features)) % self.num
+        check_swap(slots, features, self.num, self.features.shape[1])
+        self.totals = self.totals + self.change(slots, features)
+        self.features[slots], self.oldest = features, (self.oldest + len(features)) % self.num
         return slots
 
 
@@ -582,32 +578,29 @@ class SumSet:
         self.parts, self.dims = parts, dims
 
     @property
-    def values(self):
-        values = [part.value for part in self.parts]
-        if min(values) <= 0:
-            raise ValueError(f"a distance of {min(values):.1e} is no unit for its changes: use one feature network")
-        return values
-
-    @property
     def value(self):
-        return math.prod(self.values)**(1 / len(self.parts))
+        return math.prod(part.value for part in self.parts)**(1 / len(self.parts))
 
     @property
     def deviation(self):
         return max(part.deviation for part in self.parts)
 
-    def total(self, name, features, *slots):
-        columns = zip(self.parts, self.values, features.split(self.dims, dim=-1))
-        return sum(getattr(part, name)(*slots, f) / value for part, value, f in columns)
+    def total(self, change, features):      # change(part, its columns)
+        total = 0
+        for part, f in zip(self.parts, features.split(self.dims, dim=-1)):
+            if part.value <= 0:
+                raise ValueError(f"a distance of {part.value:.1e} is no unit for its changes: use one feature network")
+            total = total + change(part, f) / part.value
+        return total
 
     def swap_gain(self, slots, new):
-        return self.total("swap_gain", new, slots)
+        return self.total(lambda part, f: part.swap_gain(slots, f), new)
 
     def influence(self, features):
-        return self.total("influence", features)
+        return self.total(lambda part, f: part.influence(f), features)
 
     def leave_one_out(self, features):
-        return self.total("leave_one_out", features)
+        return self.total(lambda part, f: part.leave_one_out(f), features)
 
     def push(self, features):
         return [part.push(f) for part, f in zip(self.parts, features.split(self.dims, dim=-1))][0]
@@ -638,22 +631,17 @@ class ClassSet:
 
 def main(argv=None):
     from resource import RUSAGE_SELF, getrusage
-    from scipy.linalg import sqrtm
     from models import configure, fail
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if min(c.dim, c.subset, c.candidates) < 1 or c.num < max(c.subset, 2 * c.dim):
-        fail(f"dim {c.dim}, num {c.num}, subset {c.subset}, candidates {c.candidates}: num must be at least "
-             "the subset and twice dim")
+        fail(f"dim {c.dim}, num {c.num}, subset {c.subset}, candidates {c.candidates}: needed is subset <= num and "
+             "2 dim <= num")
     torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(c.seed)
+    rng, few, usual = torch.Generator().manual_seed(c.seed), min(3, c.candidates), []
     spread = (torch.arange(c.dim) + 2.0)**-0.55                             # a covariance with eigenvalues (i + 2)^-1.1
     draw = lambda *shape: torch.randn(*shape, c.dim, generator=rng) * spread
-    real, few = Moments(c.dim), min(3, c.candidates)
-    for _ in range(4):
-        real.add(draw(c.num // 2) + 0.1 * spread)
-    real_mu, real_cov = real.gaussian()
-    real_root = covariance_root(real_cov)
-    distance = lambda moments: distance_to_root(*moments.gaussian(), real_mu, real_root)
+    real_mu, real_cov = Moments(c.dim).add(draw(2 * c.num) + 0.1 * spread).gaussian()
+    distance = lambda moments: distance_to_root(*moments.gaussian(), real_mu, reference.stream.real_root)
 
     def row(name, f, count=1, exact=None, slow=None):
         """Time f, which does `count` of something, and print its line. Returns its result and the seconds of one."""
@@ -661,40 +649,41 @@ def main(argv=None):
         result = f()
         seconds = (time.perf_counter() - began) / count
         error = "" if exact is None else f"{(result[:len(exact)] - exact).abs().max():.1e}"
-        print(f"{name:46s} {1e3 * seconds:10.2f} ms {error:>9s}" + (f" {slow / seconds:8.0f} x" if slow else ""))
+        print(f"{name:42s} {1e3 * seconds:10.2f} ms {error:>9s}" + (f" {slow / seconds:8.0f} x" if slow else ""))
         return result, seconds
 
-    print(f"d {c.dim}, {c.candidates} candidates of {c.subset} images to replace the same members; torch on one thread\n"
-          f"{'':46s} {'time':>13s} {'error':>9s} {'faster':>10s}")
-    usual = []
+    print(f"d {c.dim}, {c.candidates} candidates of {c.subset} images for the same members, torch on one thread\n"
+          f"{'':42s} {'time':>13s} {'error':>9s} {'faster':>10s}")
     for num in (c.num, 10 * c.num):
         print(f"N = {num}")
+        reference = moments = features = None                               # before the memory is needed again
         features = torch.empty(num, c.dim)
-        for part in features.split(5000):
+        for part in features.split(c.num):
             part.copy_(draw(len(part)) * 1.05)
         slots, new = torch.randperm(num, generator=rng)[:c.subset], draw(c.candidates, c.subset)
-        members = features[slots]
+        members, none = features[slots], features[:0]
         reference, counting = row("moments of all", lambda: ReferenceSet(features, real_mu, real_cov, own=True))
-        base, moments = row("a new base: one eigendecomposition", lambda: reference.stream.base)[0], reference.moments
-        gains, slow = row("gain: change of covariance, its eigenvalues", lambda: torch.stack(
-            [base.fd - distance(moments.replace(members, f)) for f in new[:few]]), few)
-        reference.swap_gain(slots, new[:1])
-        gaining = row("gain: determinants", lambda: reference.swap_gain(slots, new), c.candidates, gains, slow)[1]
-        print(f"{'  its nodes; deviation of the self-check':46s} {reference.nodes:10d}    {reference.deviation:9.1e}")
-        credit, slow = row("leave-one-out: change of covariance", lambda: torch.stack(
-            [distance(moments.replace(members[i:i + 1], members[:0])) - base.fd for i in range(few)]), few)
+        fd, _ = row("a new base: one eigendecomposition", lambda: reference.fd)
+        moments = reference.moments
+        gains, slow = row("gain: covariance and eigenvalues", lambda: torch.stack(
+            [fd - distance(moments.replace(members, f)) for f in new[:few]]), few)
+        reference.swap_gain(slots, new[:1])                                 # checks itself once
+        _, gaining = row("gain: determinants", lambda: reference.swap_gain(slots, new), c.candidates, gains, slow)
+        print(f"{'  their nodes; deviation of the self-check':42s} {reference.nodes:10d}    {reference.deviation:9.1e}")
+        credit, slow = row("leave-one-out: covariance and eigenvalues", lambda: torch.stack(
+            [distance(moments.replace(f[None], none)) - fd for f in members[:few]]), few)
         row("leave-one-out: determinants, per image", lambda: reference.leave_one_out(members), c.subset, credit, slow)
         row("first variation, per image", lambda: reference.influence(members), c.subset)
         row("committing a swap", lambda: reference.replace(slots, new[0]))
-        row("undoing it", lambda: reference.undo())
         usual.append((num, counting, gaining))
     print(f"peak memory {getrusage(RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    from scipy.linalg import sqrtm
     mu, cov = moments.gaussian()
     root, slow = row("FD: scipy.linalg.sqrtm", lambda: sqrtm((cov @ real_cov).numpy()).trace().real)
     fd = (mu - real_mu).square().sum() + cov.trace() + real_cov.trace() - 2 * root
     row("FD: eigenvalues", lambda: distance(moments)[None], 1, fd[None], slow)
     for num, counting, gaining in usual:
-        print(f"gain, N = {num}: determinants are {(counting + slow) / gaining:.0f} x as fast as all features and sqrtm")
+        print(f"gain, N = {num}: {(counting + slow) / gaining:.0f} x faster than all features again and sqrtm")
 
 
 if __name__ == "__main__":

@@ -660,7 +660,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"), (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),
         (fid, ["--real", tmp_path / "keys.npz"], 1, "mu and sigma"), (fid, ["--real", text], 2, "neither"),
         (models, ["--real", few, "--out=folder"], 2, ".pt"), (models, ["--only=vae"], 2, "choose"),
-        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"), (reward, ["--subset=9000"], 2, "subset <= num"),
+        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"), (reward, ["--subset=9000"], 2, "subset <= num"), (reward, ["--num=100"], 2, "2 dim <= num"),
     ]
     for script, argv, code, said in table:
         found, line = mistakes(script, *argv, *(["--num_real=100", "--out", tmp_path / "o"] if script is train_rl else []),
