@@ -328,7 +328,7 @@ def main(argv=None):
     for path in filter(None, (c.json, c.stats)):
         writable(path)
     net = feature_net(c.features, device=device)
-    model = None if c.images else load(c.ckpt, device)
+    model = None if c.images or c.stats else load(c.ckpt, device)
     if model:
         check_classes(c.real, model.num_classes)
     role = "select" if c.stream == "select" else "all"
