@@ -224,6 +224,320 @@ def test_histogram_distance():
     assert 0.45 < fid.histogram_distance(x, x / 2) < 0.55 and fid.histogram_distance(x, x + 2) > 0.94
 
 
+# ---- The reward engine ----------------------------------------------------------------------------------------------
+
+def again(features, slots, new, mu, cov):
+    """FD after a swap, all of it once more."""
+    return reward.frechet_distance(*reward.Moments(len(mu)).add(features.index_copy(0, slots, new)).gaussian(), mu, cov)
+
+
+def swapped_rows(spectrum, N, n, K, rng, shared=True):
+    """vals, new (K, n, d), removed: rows in the axes of M = diag(vals), the removed ones members of N with covariance M."""
+    x = torch.randn(N, len(spectrum), generator=rng, dtype=torch.float64) @ spectrum.sqrt().diag()
+    vals, axes = torch.linalg.eigh(torch.cov(x.T))
+    members = (x - x.mean(0)) @ axes
+    new = torch.randn(K, n, len(vals), generator=rng, dtype=torch.float64) * vals.sqrt() * 1.3
+    return vals, new, members[:n] if shared else members[torch.stack([torch.randperm(N, generator=rng)[:n] for _ in new])]
+
+
+@pytest.mark.parametrize("spectrum", [
+    (torch.arange(60) + 2.0)**-2.2, torch.ones(60), torch.logspace(0, -11, 60), torch.cat([torch.ones(30), torch.full((30,), 1e-9)]),
+], ids=["power law", "flat", "geometric", "two levels"])
+def test_quadrature_error_is_within_its_proof(spectrum, monkeypatch):
+    proven, quadrature = [], reward.quadrature
+
+    def watched(*a, **k):
+        proven.append(quadrature(*a, **k))
+        return proven[-1]
+
+    monkeypatch.setattr(reward, "quadrature", watched)
+    for N, n, shared in ((70, 3, True), (200, 1, False), (200, 12, True), (3000, 12, False), (3000, 60, True)):
+        rng = torch.Generator().manual_seed(N)
+        vals, new, removed = swapped_rows(spectrum.double(), N, n, 3, rng, shared)
+        exact, nodes = reward.root_trace_change(vals, new, removed, N, 0.0, largest=0)
+        assert nodes == 0
+        for tolerance in (math.inf, 1e-6, 1e-10):
+            found, nodes = reward.root_trace_change(vals, new, removed, N, tolerance, largest=n)
+            _, _, error = proven[-1] if nodes else (0, 0, 0.0)
+            assert error <= tolerance and (found - exact).abs().max() <= error + 1e-11, (N, n, nodes, error, found - exact)
+        assert N == 70 or nodes >= 10 or spectrum[-1] < 1e-10, "determinants where the set has images to spare"
+
+
+def test_swap_golden_by_determinants():
+    g = golden("frechet.npz")
+    reference = reward.ReferenceSet(torch.from_numpy(g["swap.x_int16"] / 256), g["swap.mu_ref"], g["swap.sigma_ref"])
+    base = reference.stream.base
+    for q in range(5):
+        slots, new = torch.from_numpy(g[f"swap.{q}.idx"]).long(), torch.from_numpy(g[f"swap.{q}.new_int16"] / 256)
+        rows = [(f - base.mu) @ base.axes for f in (new[None], reference.rows(slots))]
+        by = [reward.root_trace_change(base.vals, *rows, 2000, 3e-11 * base.traces, largest=k) for k in (200, 0)]
+        gain = reference.swap_gain(slots, new[None]) + 2 * (by[0][0] - by[1][0])
+        assert by[0][1] >= 10 and by[1][1] == 0 and abs(gain.item() + g["swap.delta"][q]) < 1e-10, q
+        assert (reference.nodes > 0) == (len(slots) <= 16), "eigenvalues for subsets above a quarter of the dimensions"
+
+
+@pytest.mark.parametrize("kind, d, N, n", [
+    ("plain", 40, 300, 8), ("plain", 5, 12, 2), ("power law", 48, 400, 12), ("fewer than d", 20, 12, 3), ("d + 1", 12, 13, 2),
+    ("constant feature", 10, 80, 2), ("all constant", 6, 30, 2), ("duplicates", 24, 200, 5), ("far mean", 16, 100, 4),
+    ("real singular", 24, 150, 4), ("all but two", 4, 9, 7)])
+def test_gain_and_leave_one_out_are_recomputation(kind, d, N, n):
+    rng = torch.Generator().manual_seed(d * N)
+    f, new = torch.randn(N, d, generator=rng), torch.randn(3, n, d, generator=rng) + 0.4
+    mu, cov = torch.randn(d, generator=rng).double(), spd(d, rng)
+    scale = (torch.arange(d) + 2.0)**-0.55 if kind == "power law" else torch.ones(d)
+    f, new, cov = f * scale, new * scale, cov * scale[:, None] * scale
+    if kind == "constant feature":
+        f[:, 3], new[..., 3] = 1.5, 1.5
+    elif kind == "all constant":
+        f, new = torch.ones(N, d), torch.ones(3, n, d)
+    elif kind == "duplicates":
+        f[N // 2:], new[:, 1] = f[:N // 2].clone(), new[:, 0]
+    elif kind == "far mean":
+        f, new = f + 1000, new + 1000
+    elif kind == "real singular":
+        cov[:, 0] = cov[0] = 0
+    reference = reward.ReferenceSet(f, mu, cov)
+    order = torch.randperm(N, generator=rng)
+    shuffled = reward.ReferenceSet(f[order], mu, cov)
+    singular = reference.stream.base.singular
+    assert singular == (kind in ("fewer than d", "constant feature", "all constant", "real singular"))
+    near = (1e-6 if singular else 1e-9) * max(1, reference.stream.base.traces, mu.square().sum(), (f[0] - mu).square().sum() / 100)
+    own = torch.stack([torch.randperm(N, generator=rng)[:n] for _ in new])
+    for slots in (own[0], own):
+        gains = reference.swap_gain(slots, new)
+        for s, x, gain in zip(slots.expand(3, n), new, gains):
+            assert abs(reference.fd - again(f, s, x, mu, cov) - gain) < near
+        moved = order.argsort()[slots]
+        assert (shuffled.swap_gain(moved, new) - gains).abs().max() < near, "members have no order"
+    if singular or kind == "d + 1":
+        with pytest.raises(ValueError, match="more images than"):
+            reference.leave_one_out(f[:3])
+    else:
+        for i, change in enumerate(reference.leave_one_out(f[:3])):
+            without = reward.Moments(d).add(torch.cat([f[:i], f[i + 1:]])).gaussian()
+            assert abs(reward.frechet_distance(*without, mu, cov) - reference.fd - change) < near
+
+
+def test_leave_one_out_adds_up_to_second_order():
+    rng = torch.Generator().manual_seed(9)
+    f, mu, cov = torch.randn(1000, 6, generator=rng).double() * 1.2, torch.zeros(6), torch.eye(6)
+    reference = reward.ReferenceSet(f, mu, cov)
+    single, psi = reference.leave_one_out(f), reference.influence(f)
+    assert torch.corrcoef(torch.stack([single, -psi]))[0, 1] > 0.9999
+    rest = []
+    for n in (10, 20, 40):
+        subsets = torch.stack([torch.randperm(1000, generator=rng)[:n] for _ in range(60)])
+        without = [reward.Moments(6).add(f).add(f[s], -1).gaussian() for s in subsets]
+        change = torch.tensor([reward.frechet_distance(*m, mu, cov) - reference.fd for m in without])
+        rest.append((change - single[subsets].sum(1)).square().mean().sqrt() / change.square().mean().sqrt())
+    assert rest[2] < 0.2 and all(1.2 < b / a < 2.5 for a, b in zip(rest, rest[1:])), rest
+
+
+def test_stream_leaves_out_at_its_weights():
+    rng = torch.Generator().manual_seed(10)
+    old, new = torch.randn(100, 4, generator=rng), torch.randn(60, 4, generator=rng) + 0.2
+    stream = reward.Stream(old, torch.zeros(4), torch.eye(4), memory=0.25)
+    stream.push(new)
+    weights = torch.cat([torch.full((100,), 0.25), torch.ones(60)]).double()
+    cov = lambda w: (torch.cat([old, new]).double().T @ w / w.sum(), torch.cov(torch.cat([old, new]).double().T, aweights=w))
+    distance = lambda w: reward.frechet_distance(*cov(w), torch.zeros(4), torch.eye(4))
+    assert abs(stream.value - distance(weights)) < 1e-12
+    for i in range(3):
+        out = weights.clone()
+        out[100 + i] = 0
+        assert abs(distance(out) - stream.value - stream.leave_one_out(new)[i]) < 1e-12
+
+
+def test_fd_at_infinity():
+    rng = torch.Generator().manual_seed(11)
+    mu, cov = torch.zeros(20), 1.3 * torch.eye(20).double()
+    exact = reward.frechet_distance(mu, torch.eye(20), mu, cov)
+    streams = [reward.Stream(torch.randn(400, 20, generator=rng), mu, cov) for _ in range(10)]
+    plug_in = np.mean([s.value for s in streams]) - exact
+    corrected = np.mean([s.at_infinity(torch.randn(2000, 20, generator=rng)) for s in streams]) - exact
+    assert plug_in > 0.1 and abs(corrected) < 0.3 * plug_in, (plug_in, corrected)
+    with pytest.raises(ValueError, match="10 d = 200"):
+        reward.Stream(torch.randn(190, 20), mu, cov).at_infinity(torch.randn(5, 20))
+
+
+def state(reference):
+    return reference.features.clone(), reference.moments.sum, reference.moments.outer, torch.tensor(
+        [reference.num, reference.oldest, reference.fd, reference.moments.weight]).double()
+
+
+def test_undo_is_bit_for_bit_and_state_goes_through_a_file(tmp_path):
+    rng = torch.Generator().manual_seed(12)
+    reference = reward.ReferenceSet(torch.randn(50, 7, generator=rng), torch.zeros(7), torch.eye(7))
+    new, slots = torch.randn(2, 6, 7, generator=rng).double() / 3, torch.randperm(50, generator=rng)[:6]
+    reference.push(new[1])
+    for change in (lambda: reference.replace(slots, new[0]), lambda: reference.push(new[0]), lambda: reference.add(new[0]),
+                   lambda: (reference.propose(slots, new), reference.commit(1))):
+        before, gains = state(reference), reference.swap_gain(slots, new)
+        change()
+        assert not torch.equal(reference.moments.outer, before[2]) and reference.audit() < 1e-14
+        reference.undo()
+        assert all(torch.equal(a, b) for a, b in zip(state(reference), before))
+        assert torch.equal(reference.swap_gain(slots, new), gains)
+        with pytest.raises(ValueError, match="no change to undo"):
+            reference.undo()
+    gains = reference.propose(slots, new)
+    promised = reference.fd - gains.max().item()
+    reference.commit(gains.argmax())
+    assert abs(reference.fd - promised) < 1e-6, "float32 rounds what is stored"
+    with pytest.raises(ValueError, match="no proposal"):
+        reference.commit(0)
+    torch.save(reference.state_dict(), tmp_path / "state.pt")
+    other = reward.ReferenceSet(torch.ones(50, 7), torch.zeros(7), torch.eye(7))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(reference.push(new[0]), other.push(new[0]))
+    assert all(torch.equal(a, b) for a, b in zip(state(reference), state(other)))
+    with pytest.raises(ValueError, match="needed are"):
+        reward.ReferenceSet(torch.ones(50, 6), torch.zeros(6), torch.eye(6)).load_state_dict(reference.state_dict())
+
+
+def test_no_drift_in_ten_thousand_swaps():
+    rng = torch.Generator().manual_seed(13)
+    f = torch.randn(300, 256, generator=rng) + 1
+    reference = reward.ReferenceSet(f, torch.zeros(256), torch.eye(256))
+    pool = torch.randn(2000, 256, generator=rng) * 1.5 + 1
+    for i in range(10000):
+        reference.replace(torch.tensor([7 * i % 300]), pool[i % 2000, None])
+    assert reference.audit(1e-9) < 1e-11
+    fresh = reward.ReferenceSet(reference.features, torch.zeros(256), torch.eye(256))
+    assert abs(reference.fd / fresh.fd - 1) < 1e-9
+    reference.moments.outer[0, 0] += 1
+    with pytest.raises(AssertionError, match="drifted"):
+        reference.audit()
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from models import setup
+from reward import ReferenceSet
+rank, world, _ = setup()
+rng = torch.Generator().manual_seed(0)
+f, new, more = torch.randn(90, 12, generator=rng), torch.randn(3, 3, 12, generator=rng), torch.randn(7, 12, generator=rng)
+reference = ReferenceSet(f[rank::world], torch.zeros(12), torch.eye(12), sharded=True)
+own = torch.randperm(90, generator=rng)[:9].view(3, 3)
+found = [torch.tensor([reference.fd]), reference.swap_gain(own, new), reference.swap_gain(own[0], new)]
+reference.propose(own, new)
+reference.commit(2)
+places = reference.push(more)
+reference.add(more[:4])
+found += [torch.tensor([reference.fd, reference.audit() < 1e-13]), reference.influence(more), reference.leave_one_out(more)]
+reference.undo()
+found += [reference.rows(torch.arange(90)).flatten(), torch.tensor([reference.fd]), reference.swap_gain(places[:3], new)]
+everyone = [None] * world
+dist.all_gather_object(everyone, torch.cat([x.double() for x in found]))
+assert all(torch.equal(x, everyone[0]) for x in everyone), "the ranks disagree"
+if rank == 0:
+    torch.save(everyone[0], sys.argv[1])
+"""
+
+
+def test_sharded_over_ranks_is_the_same_set(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(f"import sys; sys.path.insert(0, {ROOT!r})\n" + SHARDED)
+    exec(compile(SHARDED.replace("sys.argv[1]", repr(str(tmp_path / "1.pt"))), "sharded", "exec"), {})
+    for world in (2, 4):
+        done = torchrun(world, str(script), tmp_path / f"{world}.pt")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two, four = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 4))
+    assert len(one) > 1000 and torch.allclose(one, two, rtol=1e-12, atol=1e-12) and torch.allclose(one, four, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda r: r.swap_gain(torch.arange(3), torch.full((2, 3, 4), math.nan)), "NaN"),
+    (lambda r: r.swap_gain(torch.arange(3), torch.zeros(2, 3, 5)), "the last of 4"),
+    (lambda r: r.swap_gain(torch.arange(2), torch.zeros(2, 3, 4)), "do not fit"),
+    (lambda r: r.swap_gain(torch.tensor([1, 1, 2]), torch.zeros(2, 3, 4)), "different members"),
+    (lambda r: r.swap_gain(torch.tensor([1, 2, 30]), torch.zeros(2, 3, 4)), "0 .. 29"),
+    (lambda r: r.replace(torch.tensor([1]), torch.full((1, 4), math.inf)), "infinite"),
+    (lambda r: r.push(torch.zeros(3, 5)), "the last of 4"), (lambda r: r.influence(torch.zeros(3)), "2 axes"),
+])
+def test_sets_refuse_in_one_line(change, said):
+    for reference in (reward.ReferenceSet(torch.randn(30, 4), torch.zeros(4), torch.eye(4)),
+                      reward.KernelSet(torch.randn(30, 4), torch.randn(20, 4))):
+        if hasattr(reference, "replace") or "infinite" not in said:
+            with pytest.raises(ValueError, match=said) as refusal:
+                change(reference)
+            assert "\n" not in str(refusal.value)
+
+
+def test_a_gain_that_fails_its_check_is_refused(monkeypatch):
+    by_determinants = reward.by_determinants
+    monkeypatch.setattr(reward, "by_determinants", lambda *a: by_determinants(*a) * 1.01)
+    reference = reward.ReferenceSet(torch.randn(200, 40), torch.zeros(40), torch.eye(40))
+    with pytest.raises(ValueError, match="deviates by"):
+        reference.swap_gain(torch.arange(5), 2 * torch.randn(2, 5, 40))
+
+
+def test_kernel_distances():
+    g = golden("metrics.npz")
+    real, gen = torch.from_numpy(g["real"]), torch.from_numpy(g["gen"])
+    assert abs(reward.KernelSet(gen, real).value - g["kid_poly3_unbiased"]) < 1e-12
+    rng = torch.Generator().manual_seed(14)
+    f, new, real = torch.randn(90, 5, generator=rng), torch.randn(3, 8, 5, generator=rng) * 1.3, torch.randn(70, 5, generator=rng)
+    for kernel in (reward.cubic_kernel, reward.gaussian_kernel(real)):
+        whole = lambda x: reward.KernelSet(x, real, kernel)
+        reference, own = whole(f), torch.stack([torch.randperm(90, generator=rng)[:8] for _ in new])
+        for slots in (own[0], own):
+            for s, x, gain in zip(slots.expand(3, 8), new, reference.swap_gain(slots, new)):
+                assert abs(reference.value - whole(f.index_copy(0, s, x)).value - gain) < 1e-12
+        for i, change in enumerate(reference.leave_one_out(f[:3])):
+            assert abs(whole(torch.cat([f[:i], f[i + 1:]])).value - reference.value - change) < 1e-12
+        psi = reference.influence(torch.cat([f, new[0]]))
+        assert abs(psi[:90].mean()) < 1e-12, "its mean over the set is 0"
+        # With all pairs, k(f, f) too, the distance is a parabola in the weight h that moves to one image; psi is its slope.
+        biased = lambda x: kernel(x, x).mean() - 2 * kernel(x, real.double()).mean()
+        mixture = [biased(torch.cat([f, *copies]).double()) for copies in ([], [new[0, :1]], [new[0, :1]] * 2)]
+        (h, slope), (g, steeper) = ((k / (90 + k), (mixture[k] - mixture[0]) / (k / (90 + k))) for k in (1, 2))
+        assert abs((g * slope - h * steeper) / (g - h) - psi[90]) < 1e-10
+        assert torch.equal(reference.push(new[0]), torch.arange(8)) and torch.equal(reference.push(new[1]), torch.arange(8, 16))
+        assert abs(reference.value - whole(torch.cat([new[0], new[1], f[16:]])).value) < 1e-12
+
+
+def test_several_networks_and_classes():
+    rng = torch.Generator().manual_seed(15)
+    f, new, slots = torch.randn(200, 9, generator=rng), torch.randn(2, 6, 9, generator=rng) + 0.5, torch.arange(6) * 3
+    parts = lambda x: [reward.ReferenceSet(x[:, :4], torch.zeros(4), torch.eye(4)),
+                       reward.ReferenceSet(x[:, 4:], torch.ones(5), 90 * torch.eye(5))]
+    both, (a, b) = reward.SumSet(parts(f), [4, 5]), parts(f)
+    gains = a.swap_gain(slots, new[..., :4]) / a.fd + b.swap_gain(slots, new[..., 4:]) / b.fd
+    assert torch.equal(both.swap_gain(slots, new), gains) and math.isclose(both.value, math.sqrt(a.fd * b.fd))
+    psi = a.influence(new[0, :, :4]) / a.fd + b.influence(new[0, :, 4:]) / b.fd
+    assert torch.equal(both.influence(new[0]), psi) and len(both.leave_one_out(f)) == 200
+    both.push(new[0])
+    assert math.isclose(both.value, reward.SumSet(parts(torch.cat([new[0], f[6:]])), [4, 5]).value, rel_tol=1e-9)
+
+    labels = torch.arange(200) % 4
+    streams = lambda classes: [reward.Stream(f[labels == k], torch.zeros(9), torch.eye(9)) for k in range(classes)]
+    within = reward.ClassSet(streams(4))
+    assert math.isclose(within.value, np.mean([s.value for s in streams(4)]))
+    assert torch.equal(within.influence(f, labels)[labels == 2], streams(4)[2].influence(f[labels == 2]))
+    within.push(f, labels)
+    assert within.parts[3].moments.weight == 100
+    with pytest.raises(ValueError, match="class 1 has 40 images, its FD needs 45"):
+        reward.ClassSet([within.parts[0], reward.Stream(f[:40], torch.zeros(9), torch.eye(9))])
+
+
+def test_credits_of_the_trainer():
+    rng = torch.Generator().manual_seed(16)
+    f, y, x = torch.randn(2000, 6, generator=rng), torch.arange(2000) % 10, torch.randn(500, 6, generator=rng) * 1.2
+    credit = train_rl.ImageCredit(reward.Stream(f, torch.zeros(6), torch.eye(6), 0.5))
+    advantages, r = credit(x, y[:500], 5.0)
+    assert 0 < credit.checks["gap"] < 0.01 and torch.corrcoef(torch.stack([advantages, r]))[0, 1] > 0.95
+    assert train_rl.long_enough(0.5, 1000, 64) == 0.5
+    memory = train_rl.long_enough(0.5, 1000, 2048)
+    assert math.isclose(1000 * (1 + memory) / (1 - memory), 5 * 2048)
+    net = fid.feature_net("tiny")
+    images, labels, _ = models.tiny_images(100, 3)
+    features = net(images)
+    sample_wise = train_rl.SampleCredit(reward.Stream(features, torch.zeros(64), torch.eye(64)), net.heads)
+    right, wrong = (sample_wise(features, k, 5.0)[1] for k in (labels, (labels + 1) % 10))
+    assert right.mean() > -0.1 and wrong.mean() < -3
+
+
 # ---- Samplers -------------------------------------------------------------------------------------------------------
 
 def golden_sit():
@@ -440,7 +754,7 @@ def test_subset_credit_is_the_exact_gain_and_keeps_labels():
     rng = torch.Generator().manual_seed(7)
     f, y = torch.randn(200, 5, generator=rng), torch.arange(200) % 10
     real = fid.Summary(1000, torch.zeros(5).double(), torch.eye(5).double(), None)
-    credit = train_rl.SubsetCredit(f, y, real, 20, 0)
+    credit = train_rl.SubsetCredit(reward.ReferenceSet(f, real.mu, real.cov), y, 20, 0)
     new, labels = torch.randn(60, 5, generator=rng) * 1.3, torch.arange(60) % 10
     slots = credit.slots_like(labels[:20])
     assert torch.equal(y[slots], labels[:20]) and len(slots.unique()) == 20
@@ -840,7 +1154,8 @@ def test_train_rl_as_typed(tmp_path):
     assert sorted(os.listdir(tmp_path / "o")) == ["after.png", "before.png", "ckpt.pt", "log.jsonl"]
     rows = [json.loads(line) for line in open(tmp_path / "o" / "log.jsonl")]
     assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "images_per_second",
-                               "seconds"} <= set(rows[0])
+                               "seconds", "gap"} <= set(rows[0])
+    assert "note: image credit" not in out, "120 images a rollout are enough at memory 0.5"
     result = json.load(open(tmp_path / "r.json"))
     assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 200 + 2 * 120
     first = result["after"][0]
@@ -855,6 +1170,8 @@ def test_train_rl_as_typed(tmp_path):
     ["--objective=ppo"], ["--credit=subset", "--subset=10"],
     ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
     ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
+    ["--reward=kid"], ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"], ["--features=tiny,tiny2", "--batch=160"],
+    ["--reward=kid", "--features=tiny,factors"], ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
     quick = [o for o in QUICK if "forward_every" not in o or not any("objective" in p for p in options)]
@@ -891,7 +1208,26 @@ def test_fid_as_typed(tmp_path):
 
 def test_reward_as_typed():
     code, out, _ = run(reward, "--dim=16", "--num=200", "--subset=5", "--candidates=3")
-    assert code == 0 and float(re.search(r"largest error of a gain (\S+),", out)[1]) < 1e-9
+    errors = re.findall(r"^gain: determinants +\S+ ms +(\S+)", out, flags=re.M)
+    assert code == 0 and len(errors) == 2 and max(map(float, errors)) < 1e-9, out
+
+
+def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch):
+    readme = open(os.path.join(ROOT, "README.md")).read()
+    python, = re.findall(r"## Only the reward\n.*?```python\n(.*?)```", readme, flags=re.S)
+    shell, = re.findall(r"## Only the FID\n.*?```bash\n(.*?)```", readme, flags=re.S)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(python, "README.md", "exec"), {})
+    assert said.getvalue().startswith("FD ") and len(python.strip().split("\n")) <= 13
+    make_folder(tmp_path / "FOLDER", 150)
+    make_folder(tmp_path / "SAMPLES", 140, 0)
+    monkeypatch.chdir(tmp_path)
+    for line in shell.strip().split("\n"):
+        _, script, *argv = line.partition("#")[0].split()
+        code, _, err = run({"fid.py": fid}[script], *argv)
+        assert code == 0, (line, err)
+    assert json.load(open("fid.json"))["num"] == 140
 
 
 def test_own_images_end_to_end(tmp_path):
@@ -927,6 +1263,11 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
         (train_rl, ["--advantage=constant"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
         (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
+        (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
+        (train_rl, ["--reward=sample", "--credit=subset"], 2, "an image's own"), (train_rl, ["--features="], 2, "at least one"),
+        (train_rl, ["--reward=sample", "--features=pixels"], 2, "no classifier"),
+        (train_rl, ["--reward=mmd", "--real", tmp_path / "wrong.npz", "--judges=tiny"], 2, "needs real images"),
+        (train_rl, ["--features=tiny,tiny2", "--real", tmp_path / "wrong.npz"], 2, "one feature network"),
         (train_rl, ["--refresh=2"], 2, "does nothing"), (train_rl, ["--kl_limit=0"], 2, "more than 0"),
         (train_rl, ["--num=0", "--json", tmp_path / "x"], 2, "--json"), (train_rl, ["--num=1"], 2, "at least 2"),
         (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
@@ -942,7 +1283,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"), (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),
         (fid, ["--real", tmp_path / "keys.npz"], 1, "mu and sigma"), (fid, ["--real", text], 2, "neither"),
         (models, ["--real", few, "--out=folder"], 2, ".pt"), (models, ["--only=vae"], 2, "choose"),
-        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"), (reward, ["--subset=9000"], 2, "subset <= num"),
+        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"), (reward, ["--subset=9000"], 2, "subset <= num"), (reward, ["--num=100"], 2, "2 dim <= num"),
     ]
     for script, argv, code, said in table:
         found, line = mistakes(script, *argv, *(["--num_real=100", "--out", tmp_path / "o"] if script is train_rl else []),

@@ -3,7 +3,8 @@ Policy-gradient fine-tuning of an image generator whose reward is an improvement
 
 One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
 property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
-paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default).
+paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
+mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -30,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
-from models import (Config, check_classes, configure, fail, gather, image_size, is_statistics, print0, renoise, save,
-                    setup, writable)
-from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
+from models import (CLASSES, Config, check_classes, configure, fail, gather, image_size, is_statistics, print0, renoise,
+                    save, setup, writable)
+from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
 from sample import (Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
 
@@ -57,13 +58,14 @@ guidance = 1.4 # its scale
 rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
-features = "tiny" # feature network of the reward, see fid.py
+reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
+features = ["tiny"] # feature networks of the reward; the changes of several are summed, each over its present distance
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
-credit = "image" # image: first variation of FD; subset: the exact gain of its subset for each of its images
+credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
-memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
+memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
@@ -162,30 +164,64 @@ def stored_moments(path, net, device):
     return moments
 
 
+class Nets:
+    """Feature networks as one: their features side by side."""
+    def __init__(self, nets):
+        self.nets, self.dims, self.name = nets, [net.dim for net in nets], " + ".join(net.name for net in nets)
+        self.dim = sum(self.dims)
+
+    def __call__(self, images):
+        return torch.cat([net(images) for net in self.nets], dim=1)
+
+
+def long_enough(memory, batch, dim):
+    """Memory of moments whose effective number of images, batch (1 + memory) / (1 - memory), is at least 5 dim."""
+    return max(memory, (5 * dim - batch) / (5 * dim + batch))
+
+
 class ImageCredit:
-    """Each image's own reward: minus the first variation of FD at streaming moments, the new images included."""
-    def __init__(self, moments, real, memory):
-        self.real_mu, self.real_root, self.memory = real.mu, covariance_root(real.cov), memory
-        self.moments = moments
+    """
+    Each image's own reward: minus the first variation of the distance of a stream or queue, the new images included.
+    gap: the share of the variance of the exact credit, leave-one-out, that the first variation misses.
+    """
+    def __init__(self, reference):
+        self.reference = reference
 
     def __call__(self, features, labels, bound):
-        self.moments.fade(self.memory).add(features)
-        try:
-            reward = -influence(features, *self.moments.gaussian(), self.real_mu, self.real_root)
-        except ValueError as e:
-            fail(f"{e}; raise --batch, or use --credit=subset", code=1)
+        self.reference.push(features)
+        reward, exact = -self.reference.influence(features), self.reference.leave_one_out(features)
+        self.checks = dict(gap=1 - torch.corrcoef(torch.stack([reward, exact]))[0, 1].square().item())
         return normalize(reward, labels, bound), reward
 
     @property
     def fd(self):
-        return distance_to_root(*self.moments.gaussian(), self.real_mu, self.real_root).item()
+        return self.reference.value
+
+
+class SampleCredit:
+    """The contrast: the classifier's log-probability of each image's label. The distance of the set is only watched."""
+    def __init__(self, reference, heads):
+        self.reference, self.heads, self.checks = reference, heads, {}
+
+    def __call__(self, features, labels, bound):
+        self.reference.push(features)
+        log_p = self.heads(features)[:, :CLASSES].double().log_softmax(1)
+        reward = log_p.gather(1, labels[:, None])[:, 0]
+        return normalize(reward, labels, bound), reward
+
+    @property
+    def fd(self):
+        return self.reference.value
 
 
 class SubsetCredit:
-    """The paper's reward: the exact fall of FD when a subset replaces reference images of the same labels."""
-    def __init__(self, features, labels, real, subset, seed):
-        self.reference, self.labels, self.subset = ReferenceSet(features, real.mu, real.cov), labels.cpu(), subset
-        self.oldest, self.rng = 0, torch.Generator().manual_seed(seed)
+    """
+    The paper's reward: the exact fall of the distance when a subset replaces reference images of the same labels.
+    deviation: of one gain from the whole evaluation.
+    """
+    def __init__(self, reference, labels, subset, seed):
+        self.reference, self.labels, self.subset = reference, labels.cpu(), subset
+        self.rng = torch.Generator().manual_seed(seed)
 
     def slots_like(self, labels):           # (n,) labels => (n,) members of the same labels, drawn without replacement
         slots = torch.empty(len(labels), dtype=torch.int64)
@@ -204,26 +240,25 @@ class SubsetCredit:
             slots = self.slots_like(group_labels[0])
         else:
             slots = torch.stack([self.slots_like(y) for y in group_labels])
-        gains = self.reference.swap_gain(slots.to(features.device), groups)
+        gains = self.reference.swap_gain(slots, groups)
+        self.checks = dict(deviation=self.reference.deviation)
         return normalize(gains, None, bound), gains
 
     def push(self, features, labels):
-        """The queue: the new images take the places of the oldest members."""
-        N = len(self.labels)
-        features, labels = features[-N:], labels[-N:]
-        places = (self.oldest + torch.arange(len(labels))) % N
-        self.reference.replace(places.to(features.device), features)
-        self.labels[places] = labels.cpu()
-        self.oldest = (self.oldest + len(labels)) % N
+        places = self.reference.push(features)
+        self.labels[places] = labels.cpu()[-len(places):]
 
     @property
     def fd(self):
-        return self.reference.fd
+        return self.reference.value
 
 
 def advantages_of(reward_of, features, labels, c):
     """Advantages (n,) of the rollout's images, and the rewards behind them: per image, or per subset."""
-    advantages, reward = reward_of(features, labels, c.bound)
+    try:
+        advantages, reward = reward_of(features, labels, c.bound)
+    except ValueError as e:
+        fail(f"{e}; raise --batch or --reference, or try another --credit or --features", code=1)
     if c.top < 1:
         advantages = strongest(advantages, c.top)
     advantages = advantages.repeat_interleave(len(features) // len(advantages))     # a subset's images share its gain
@@ -387,8 +422,8 @@ def histograms(before, after, real, floor):
 
 def check(c, world):
     """Everything on the command line that cannot work, before anything is loaded."""
-    for name, choices in (("credit", ("image", "subset")), ("objective", ("ppo", "forward", "both")),
-                          ("advantage", ("reward", "constant"))):
+    for name, choices in (("reward", ("fd", "kid", "mmd", "sample")), ("credit", ("image", "subset")),
+                          ("objective", ("ppo", "forward", "both")), ("advantage", ("reward", "constant"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
     if c.batch % world:
@@ -414,17 +449,27 @@ def check(c, world):
         fail(f"lr {c.lr}, lr_forward {c.lr_forward}: needed is more than 0, or 0 for the family's own")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
-    if c.features_path and not {c.features, *c.judges} & set(WEIGHTS):
+    if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
         fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features and --judges; leave it out")
-    if c.real.endswith(".npz") and c.num and c.judges != [c.features]:
-        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
+    if not c.features or len(set(c.features)) < len(c.features):
+        fail(f"features {c.features}: needed are different feature networks, at least one")
+    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
+        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
+    if is_statistics(c.real) and c.reward in ("kid", "mmd"):
+        fail(f"{c.real} has statistics only, {c.reward} needs real images: --real=tiny, a folder or a zip")
+    if c.moments and (c.reward != "fd" or len(c.features) > 1):
+        fail("--moments are those of one feature network, for --reward=fd")
+    if c.reward == "sample" and (c.credit != "image" or len(c.features) > 1 or c.real != "tiny"):
+        fail("a sample-wise reward is an image's own, by one network that knows the classes: "
+             "--credit=image, one of --features, --real=tiny")
     if c.json and not c.num:
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
-    idle = {"credit=image": ("subset", "refresh"), "credit=subset": ("memory", "moments"),
+    idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
+            "credit=subset": ("memory", "moments"), "moments": ("reference",),
             "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every"), "moments": ("reference",)}
-    for where in (f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
+    for where in (f"reward={c.reward}", f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
@@ -435,37 +480,51 @@ class Course(NamedTuple):
     """What an iteration does: its objective, the sampler of its rollouts, and the state that belongs to both."""
     objective: str
     plan: Schedule
-    reward_of: object                       # ImageCredit or SubsetCredit: each sampler has its own reference set
+    reward_of: object                       # ImageCredit, SubsetCredit, ..: each sampler has its own reference set
     optimizer: torch.optim.Adam
     lr: float
 
 
-def begin(c, objective, plan, stored, draw, real, params):
+def begin(c, objective, plan, stored, draw, real, nets, params):
     """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
-    if stored:
-        reward_of = ImageCredit(stored.copy(), real, c.memory)
+    features, labels = (torch.empty(0, nets.dim, device=stored.sum.device), None) if stored else draw()
+    parts = []
+    for f, net in zip(features.split(nets.dims, dim=1), nets.nets):
+        known = real[net.name]
+        if c.reward == "kid":
+            parts.append(KernelSet(f, known.features))
+        elif c.reward == "mmd":
+            parts.append(KernelSet(f, known.features, gaussian_kernel(known.features)))
+        elif c.credit == "image":
+            stream = Stream(f, known.mu, known.cov, long_enough(c.memory, c.batch, max(nets.dims)))
+            parts.append(stream.set(stored.copy()) if stored else stream)
+        else:
+            parts.append(ReferenceSet(f[dist.get_rank()::dist.get_world_size()], known.mu, known.cov, sharded=True))
+    reference = SumSet(parts, nets.dims) if len(parts) > 1 else parts[0]
+    if c.reward == "sample":
+        reward_of = SampleCredit(reference, nets.nets[0].heads)
     elif c.credit == "image":
-        reward_of = ImageCredit(Moments(len(real.mu), real.mu.device).add(draw()[0]), real, c.memory)
+        reward_of = ImageCredit(reference)
     else:
-        reward_of = SubsetCredit(*draw(), real, c.subset, c.seed)
+        reward_of = SubsetCredit(reference, labels, c.subset, c.seed)
     lr = c.lr if objective == "ppo" else c.lr_forward
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
-def train(c, model, net, real, plans, stored=None):
+def train(c, model, nets, real, plans, stored=None):
     """
     The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
     OUT/log.jsonl. The reference set is drawn, or known by its `stored` Moments. Returns the average of the model's
     weights (a model), the images drawn, and the seconds spent by phase.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    draw = lambda first, plan: draw_features(model, net, first, c.reference, plan, c.seed, c.batch_size, device)
+    draw = lambda first, plan: draw_features(model, nets, first, c.reference, plan, c.seed, c.batch_size, device)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)      # one copy of the gradients, not two
     params = [p for p in model.parameters() if p.requires_grad]
 
     # The reference sets are drawn by the base, with the first images of the training stream, unless stored.
     count = 0 if stored else c.reference
-    courses = [begin(c, objective, plan, stored, lambda: draw(i * count, plan), real, params)
+    courses = [begin(c, objective, plan, stored, lambda: draw(i * count, plan), real, nets, params)
                for i, (objective, plan) in enumerate(plans.items())]
     drawn, turns = len(courses) * count, [0] * len(courses)
     average = copy.deepcopy(model)
@@ -489,7 +548,7 @@ def train(c, model, net, real, plans, stored=None):
         states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.batch_size)
         drawn += c.batch
         clock.append(time.perf_counter())
-        features = gather(net(decode(model, states[-1])), c.batch)
+        features = gather(nets(decode(model, states[-1])), c.batch)
         advantages, reward = advantages_of(reward_of, features, labels, c)
         if c.credit == "subset" and not c.refresh:
             reward_of.push(features, labels)
@@ -520,9 +579,10 @@ def train(c, model, net, real, plans, stored=None):
         for phase, s in seconds.items():
             phases[phase] += s
         report(log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
-            it=it, objective=objective, fd=reward_of.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
-            kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr, images=drawn,
-            images_per_second=c.batch / (clock[-1] - clock[0]), seconds=seconds), c.iters)
+            it=it, objective=objective, **{"fd" if c.reward == "sample" else c.reward: reward_of.fd},
+            reward=reward.mean().item(), reward_std=reward.std().item(), **reward_of.checks, kl=kl, halvings=halvings,
+            clipped=clipped, grad_norm=norm, lr=lr, images=drawn, images_per_second=c.batch / (clock[-1] - clock[0]),
+            seconds=seconds), c.iters)
     return average.eval(), drawn, phases
 
 
@@ -545,9 +605,11 @@ def report(log, show, row, iters):
     log.flush()
     if show:
         kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
-        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  fd {row['fd']:8.3f}  reward {row['reward']:+.1e} "
-                   f"+- {row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
-                   f"{row['images_per_second']:6.0f} images/s")
+        distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
+        checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
+        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  {distance}  reward {row['reward']:+.1e} "
+                   f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
+                   f"grad {row['grad_norm']:.1e}  {row['images_per_second']:6.0f} images/s")
     if row["it"] == 0:
         seconds = sum(row["seconds"].values())
         tqdm.write(f"first iteration {seconds:.1f} s: all {iters} in about {seconds * iters / 60:.1f} minutes")
@@ -567,20 +629,30 @@ def main(argv=None):
     if "ppo" in plans and not len(plans["ppo"].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
-    nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
-            for name in dict.fromkeys([c.features, *c.judges])}
-    net, judges = nets[c.features], [nets[name] for name in c.judges]
+    made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
+            for name in dict.fromkeys([*c.features, *c.judges])}
+    nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
+    if c.reward == "sample" and not hasattr(nets.nets[0], "heads"):
+        fail(f"{nets.name} features have no classifier; --reward=sample needs --features=tiny or tiny2")
+    memory = long_enough(c.memory, c.batch, max(nets.dims))
+    if c.reward == "fd" and c.credit == "image" and memory > c.memory:
+        print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of {5 * max(nets.dims)} "
+               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
-           + f"; {c.credit} credit in {net.name} ({net.dim}-d)\n" + memory_estimate(c, model, net, len(plans), world))
+           + f"; {c.credit} credit of {c.reward} in {nets.name} ({nets.dim}-d)\n"
+           + memory_estimate(c, model, nets, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
-    if real_train.num and real_train.num <= net.dim:
-        fail(f"{c.real} has {real_train.num} images for the reward; {net.name} features need more than {net.dim}", 1)
-    stored = stored_moments(c.moments, net, device) if c.moments else None
+    kept = c.num_prdc if c.reward in ("kid", "mmd") else 1
+    real_train = real_summaries(c.real, nets.nets, "train", kept, num_real, device, size)
+    for net in nets.nets:
+        if 0 < real_train[net.name].num <= net.dim:
+            fail(f"{c.real} has {real_train[net.name].num} images for the reward; {net.name} features need more than "
+                 f"{net.dim}", 1)
+    stored = stored_moments(c.moments, nets.nets[0], device) if c.moments else None
     if c.num:
         samplers = [(name, steps_of(name)) for name in (c.sampler, FAMILIES[model.family]["rollout"])]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
@@ -597,7 +669,7 @@ def main(argv=None):
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
-    average, drawn, phases = train(c, model, net, real_train, plans, stored)
+    average, drawn, phases = train(c, model, nets, real_train, plans, stored)
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average.model, config=dict(c))
     print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
