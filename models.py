@@ -25,10 +25,8 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 import time
-import urllib.parse
-import urllib.request
+import warnings
 import zipfile
 import zlib
 from datetime import timedelta
@@ -222,9 +220,8 @@ def mp_sum(a, b, t):
 
 def mp_cat(a, b):
     """Concatenation of channels in which both inputs weigh the same, eq. 103 with t = 0.5."""
-    Na, Nb = a.shape[1], b.shape[1]
-    C = math.sqrt((Na + Nb) / 2)
-    return torch.cat([C / math.sqrt(Na) * a, C / math.sqrt(Nb) * b], dim=1)
+    half = (a.shape[1] + b.shape[1]) / 2
+    return torch.cat([math.sqrt(half / a.shape[1]) * a, math.sqrt(half / b.shape[1]) * b], dim=1)
 
 
 class MPFourier(nn.Module):
@@ -249,17 +246,17 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(cout, cin, size, size) if size else torch.randn(cout, cin))
         self.seen, self.kept = None, None
 
+    def normalized(self):
+        return normalize(self.weight.flatten(1), 1).view_as(self.weight)
+
     def filters(self):
         w = self.weight
         if torch.is_grad_enabled() and w.requires_grad:
             return self.normalized() / math.sqrt(w[0].numel())
         now = w._version, w.dtype, w.device, w.sum().item()
         if now != self.seen:
-            self.seen, self.kept = now, self.normalized().detach() / math.sqrt(w[0].numel())
+            self.seen, self.kept = now, self.normalized() / math.sqrt(w[0].numel())
         return self.kept
-
-    def normalized(self):
-        return normalize(self.weight.flatten(1), 1).view_as(self.weight)
 
     def forward(self, x, gain=None):    # (B, cin, ...) => (B, cout, ...)
         w = self.filters() if gain is None else self.filters() * gain
@@ -279,7 +276,7 @@ class UNetBlock(nn.Module):
             self.attn_qkv = MPConv(cout, 3 * cout, 1)
             self.attn_proj = MPConv(cout, cout, 1)
 
-    def forward(self, x, emb):          # x (B, cin, H, W), emb (B, cemb) => (B, cout, H, W), resampled
+    def forward(self, x, emb):          # x (B, cin, H, W), emb (B, cemb) => (B, cout, H, W), after resampling
         if self.resample:
             x = F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
         if not self.decoder:
@@ -289,14 +286,12 @@ class UNetBlock(nn.Module):
         y = self.conv_res1(mp_silu(y * c[:, :, None, None]))
         x = mp_sum(self.conv_skip(x) if self.decoder else x, y, 0.3)
         if self.heads:
-            x = mp_sum(x, self.attn_proj(self.attend(x)), 0.3)
+            B, C, H, W = x.shape
+            qkv = self.attn_qkv(x).view(B, self.heads, C // self.heads, 3, H * W)       # q, k, v innermost of channels
+            q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2)                          # (B, heads, HW, C / heads)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+            x = mp_sum(x, self.attn_proj(y), 0.3)
         return x.clamp(-256, 256)
-
-    def attend(self, x):
-        B, C, H, W = x.shape
-        qkv = self.attn_qkv(x).view(B, self.heads, C // self.heads, 3, H * W)           # q, k, v innermost of channels
-        q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2)                              # each (B, heads, HW, channels)
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
 
 
 class UNet(nn.Module):
@@ -305,50 +300,45 @@ class UNet(nn.Module):
                  channels_per_head=64):
         super().__init__()
         widths = [model_channels * m for m in channel_mult]
-        cnoise = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
-        cemb = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
+        cnoise = model_channels * (channel_mult_noise or channel_mult[0])
+        cemb = model_channels * (channel_mult_emb or max(channel_mult))
         self.label_dim = label_dim
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(cnoise)
         self.emb_noise = MPConv(cnoise, cemb)
         self.emb_label = MPConv(label_dim, cemb) if label_dim else None
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        heads = lambda resolution, width: width // channels_per_head if resolution in attn_resolutions else 0
-        skips, x = [], img_channels + 1                                 # x: channels so far; one is constant
-        for level, width in enumerate(widths):
-            R = img_resolution >> level
-            if level == 0:
-                self.enc[f"{R}x{R}_conv"] = MPConv(x, width, 3)
-                x = width
-            else:
-                self.enc[f"{R}x{R}_down"] = UNetBlock(x, x, cemb, resample="down")
+        levels = [(f"{R}x{R}_", width, width // channels_per_head if R in attn_resolutions else 0)
+                  for R, width in ((img_resolution >> k, width) for k, width in enumerate(widths))]
+        x, skips = widths[0], []                                        # x: the number of channels so far
+        for level, width, heads in levels:
+            first = UNetBlock(x, x, cemb, resample="down") if self.enc else MPConv(img_channels + 1, x, 3)
+            self.enc[level + ("down" if self.enc else "conv")] = first
             skips.append(x)
             for i in range(num_blocks):
-                self.enc[f"{R}x{R}_block{i}"] = UNetBlock(x, width, cemb, heads=heads(R, width))
+                self.enc[f"{level}block{i}"] = UNetBlock(x, width, cemb, heads=heads)
                 x = width
                 skips.append(x)
-        for level, width in reversed(list(enumerate(widths))):
-            R = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{R}x{R}_in0"] = UNetBlock(x, x, cemb, decoder=True, heads=x // channels_per_head)
-                self.dec[f"{R}x{R}_in1"] = UNetBlock(x, x, cemb, decoder=True)
+        for level, width, heads in reversed(levels):
+            if self.dec:
+                self.dec[f"{level}up"] = UNetBlock(x, x, cemb, decoder=True, resample="up")
             else:
-                self.dec[f"{R}x{R}_up"] = UNetBlock(x, x, cemb, decoder=True, resample="up")
+                self.dec[f"{level}in0"] = UNetBlock(x, x, cemb, decoder=True, heads=x // channels_per_head)
+                self.dec[f"{level}in1"] = UNetBlock(x, x, cemb, decoder=True)
             for i in range(num_blocks + 1):
-                self.dec[f"{R}x{R}_block{i}"] = UNetBlock(x + skips.pop(), width, cemb, decoder=True, heads=heads(R, width))
+                self.dec[f"{level}block{i}"] = UNetBlock(x + skips.pop(), width, cemb, decoder=True, heads=heads)
                 x = width
         self.out_conv = MPConv(x, img_channels, 3)
 
     def forward(self, x, noise, y):
         emb = self.emb_noise(self.emb_fourier(noise))
-        if self.label_dim:              # the last column of one_hot is the null class: a row of zeros
+        if self.label_dim:              # the null class is a row of zeros
             label = F.one_hot(y, self.label_dim + 1)[:, :-1].to(x.dtype) * math.sqrt(self.label_dim)
             emb = mp_sum(emb, self.emb_label(label), 0.5)
-        emb = mp_silu(emb)
+        emb, skips = mp_silu(emb), []
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)  # faster
-        skips = []
         for block in self.enc.values():
-            x = block(x) if isinstance(block, MPConv) else block(x, emb)
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             x = block(mp_cat(x, skips.pop()) if "block" in name else x, emb)
@@ -855,33 +845,11 @@ def read_pickle(path):
     if not os.path.isfile(path):
         fail(f"no file {path!r}; needed: a .pkl as EDM2 writes it")
     try:
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return restore(RecordReader(f).load(), {})
     except Exception as e:                  # a damaged pickle can raise anything
         fail(f"{path} is refused: {refusal(e)}", code=1)
-
-
-def fetch(url):
-    """
-    Path of the file behind a URL (https or file), which is downloaded once, into ~/.cache or $XDG_CACHE_HOME. Its
-    sha256 is printed, and checked if the URL ends in #sha256=HEX. On several ranks the first of each machine downloads.
-    """
-    address, mark, wanted = url.partition("#")
-    if mark and not re.fullmatch(r"sha256=[0-9a-f]{64}", wanted):
-        fail(f"{url}: behind # needed is sha256= and 64 hexadecimal digits")
-    name = os.path.basename(urllib.parse.urlsplit(address).path)
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distribution-wise-rewards")
-    path = os.path.join(folder, f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}")
-    if not os.path.isfile(path) and os.environ.get("LOCAL_RANK", "0") == "0":
-        writable(path)
-        download(address, path)
-    if dist.is_initialized():
-        dist.barrier()
-    digest = sha256(path)
-    print0(f"{path}: sha256 {digest}")
-    if mark and wanted != f"sha256={digest}":
-        fail(f"{path} has sha256 {digest}, not {wanted[7:]}; delete it to download it again", code=1)
-    return path
 
 
 def sha256(path):
@@ -892,22 +860,29 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def download(address, path):
-    """Copy what is behind a URL to `path`, atomically."""
-    try:
-        with urllib.request.urlopen(address, timeout=60) as source, \
-                tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            size, part = int(source.headers.get("Content-Length") or 0), os.path.join(folder, "part")
-            bar = tqdm(total=size or None, desc=os.path.basename(path), unit="B", unit_scale=True, disable=None)
-            with bar, open(part, "wb") as f:
-                while chunk := source.read(2**20):
-                    bar.update(f.write(chunk))
-            came = os.path.getsize(part)
-            if came < size:
-                raise OSError(f"{came} of {size} bytes came")
-            os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        fail(f"cannot download {address} ({str(e)[:80]}); bring the file here and give its path instead", code=1)
+def fetch(url):
+    """
+    Path of the file behind a URL (https or file), which is downloaded once, into ~/.cache or $XDG_CACHE_HOME. Its
+    sha256 is printed, and checked if the URL ends in #sha256=HEX. On several ranks the first of each machine downloads.
+    """
+    address, mark, wanted = url.partition("#")
+    if mark and not re.fullmatch(r"sha256=[0-9a-f]{64}", wanted):
+        fail(f"{url}: behind # needed is sha256= and 64 hexadecimal digits")
+    name = f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{os.path.basename(address)}"
+    path = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distribution-wise-rewards", name)
+    if not os.path.isfile(path) and os.environ.get("LOCAL_RANK", "0") == "0":
+        writable(path)
+        try:
+            torch.hub.download_url_to_file(address, path, progress=sys.stderr.isatty())
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            fail(f"cannot download {address} ({str(e)[:80]}); bring the file here and give its path instead", code=1)
+    if dist.is_initialized():
+        dist.barrier()
+    found = sha256(path)
+    print0(f"{path}: sha256 {found}")
+    if mark and wanted != f"sha256={found}":
+        fail(f"{path} has sha256 {found}, not {wanted[7:]}; delete it to download it again", code=1)
+    return path
 
 
 def load(path="", device="cpu"):
@@ -918,31 +893,34 @@ def load(path="", device="cpu"):
     """
     asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
     path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
-    if path.endswith(".pkl"):
-        parts = read_pickle(path)
-        try:
-            state, init_kwargs = module_tensors(parts["ema"]), parts["ema"]["state"]["_init_kwargs"]
-        except (LookupError, TypeError, AttributeError) as e:
-            fail(f"{path} holds no network of EDM2 under 'ema' ({type(e).__name__}: {e})", code=1)
-        return filled(lambda: edm2_like(state, init_kwargs), state, path).to(device).eval()
-    parts = read_checkpoint(path)
-    state = parts.get("ema", parts) if isinstance(parts, dict) else None
-    if isinstance(state, dict) and "x_embedder.proj.weight" in state:
-        make = lambda: sit_like(state, parts.get("heads"))
-    elif isinstance(state, dict) and "init_kwargs" in parts:
-        make = lambda: edm2_like(state, parts["init_kwargs"])
-    else:
-        fail(f"{path} holds neither a SiT nor an EDM2: needed is a dict of weights, flat or under 'ema'", code=1)
-    return filled(make, state, path).to(device).eval()
+    parts = read_pickle(path) if path.endswith(".pkl") else read_checkpoint(path)
+    try:
+        if path.endswith(".pkl"):
+            parts = dict(ema=module_tensors(parts["ema"]), init_kwargs=parts["ema"]["state"]["_init_kwargs"])
+        state = parts.get("ema", parts)
+        with torch.device("meta"):          # no memory until all shapes are known to fit
+            edm2 = "init_kwargs" in parts
+            model = edm2_like(state, parts["init_kwargs"]) if edm2 else sit_like(state, parts.get("heads"))
+        wanted = model.state_dict()
+        wrong = {"lacks": wanted.keys() - state.keys(), "does not know": state.keys() - wanted.keys(),
+                 "has another shape for": {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}}
+        said = [f"{verb} {', '.join(sorted(keys)[:3])} ({len(keys)} in all)" for verb, keys in wrong.items() if keys]
+        if said:
+            raise ValueError("; ".join(said))
+        model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+    except Exception as e:                  # what a file holds in place of sizes can raise anything
+        said = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
+        fail(f"{path} is no SiT or EDM2 of this version: {said}", code=1)
+    return model.to(device).eval()
 
 
-def module_tensors(module, prefix=""):
+def module_tensors(module):
     """{name: tensor} of a module that read_pickle returned, as its state_dict would be."""
     state = module["state"]
-    found = {prefix + k: v for kind in ("_parameters", "_buffers") for k, v in state.get(kind, {}).items()}
-    for name, child in state.get("_modules", {}).items():
+    found = {**state["_parameters"], **state["_buffers"]}
+    for name, child in state["_modules"].items():
         if child is not None:
-            found.update(module_tensors(child, f"{prefix}{name}."))
+            found.update({f"{name}.{k}": v for k, v in module_tensors(child).items()})
     return found
 
 
@@ -952,39 +930,17 @@ def sit_like(state, heads):
     grid = math.isqrt(state["pos_embed"].shape[1])
     num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     rows = state["final_layer.linear.weight"].shape[0]
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    if depth > len(state):
-        raise ValueError(f"{depth} blocks, but {len(state)} tensors")
-    heads = heads or {w: h for _, w, h in SIT_SIZES.values()}.get(width)
-    if not heads:
-        raise ValueError(f"SiT has no official number of heads for width {width}")
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    heads = heads or {f"heads for width {w}": h for _, w, h in SIT_SIZES.values()}[f"heads for width {width}"]
     return SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
 
 
 def edm2_like(state, init_kwargs):
     """An EDM2 of the arguments in its file, but those of training (dropout) and of GPUs (use_fp16)."""
     sizes = {k: v for k, v in init_kwargs.items() if k not in ("dropout", "use_fp16")}
-    if sizes.get("num_blocks", 3) * len(sizes.get("channel_mult", ())) > len(state):
-        raise ValueError(f"{sizes['num_blocks']} blocks, but {len(state)} tensors")
+    if sizes.get("num_blocks", 3) > len(state):
+        raise ValueError(f"num_blocks {sizes['num_blocks']} for {len(state)} tensors")
     return EDM2(**sizes)
-
-
-def filled(make, state, path):
-    """The network that make() returns, built without memory and then given the tensors in `state`, in float32."""
-    try:
-        with torch.device("meta"):
-            model = make()
-        wanted, shapes = model.state_dict(), {k: v.shape for k, v in state.items()}
-        wrong = {"lacks": [k for k in wanted if k not in shapes], "does not know": [k for k in shapes if k not in wanted],
-                 "needs another shape of": [k for k in wanted if k in shapes and shapes[k] != wanted[k].shape]}
-        said = [f"{verb} {len(keys)} ({', '.join(keys[:3])}{', ..' * (len(keys) > 3)})" for verb, keys in wrong.items() if keys]
-        if said:
-            raise ValueError(f"of its {len(wanted)} tensors {type(model).__name__} " + ", ".join(said))
-        model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
-    except Exception as e:                  # sizes out of a file can be anything
-        kind = "lacks " if isinstance(e, KeyError) else ""
-        fail(f"{path} is not a network this version knows: {kind}{' '.join(str(e).split())[:300]}", code=1)
-    return model
 
 
 def write(path, parts):
@@ -1169,7 +1125,7 @@ def main(argv=None):
     # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
     net = feature_net("tiny2", os.path.join(c.out, "features-tiny2.pt") if make_assets else None)
     judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
-    num = 10_000 if c.real == "tiny" else 1_000
+    num, steps = 10_000 if c.real == "tiny" else 1_000, 10 if c.family == "sit" else 5      # heun evaluates twice
     eighth = 0
 
     def snapshot(seen, averages):
@@ -1178,7 +1134,7 @@ def main(argv=None):
         for std, model in averages.items():
             if not make_assets and std != BASE_EMA:
                 continue
-            row = evaluate(model, [net], judged, num, num_prdc=num, stream="select")["tiny2"]
+            row = evaluate(model, [net], judged, num, steps=steps, num_prdc=num, stream="select")["tiny2"]
             print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se'] or math.nan:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
             if make_assets and eighth % 2 == 0:

@@ -3,6 +3,7 @@ Truths, not calls: closed forms, invariances, independent implementations, and e
 
 python -m pytest -q test_all.py                                 # about three minutes on two cores
 """
+import argparse
 import contextlib
 import dis
 import inspect
@@ -10,6 +11,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -997,6 +999,351 @@ def test_fid_through_torchrun(tmp_path):
     one, two = (json.load(open(tmp_path / f"{k}.json")) for k in "12")
     assert math.isclose(one["fid"], two["fid"], rel_tol=1e-3) and one["num"] == two["num"] == 201
     assert abs(one["coverage"] - two["coverage"]) < 0.03
+
+
+# ---- EDM2, official checkpoints -------------------------------------------------------------------------------------
+
+def golden_edm2():
+    model, guide = (models.load(os.path.join(GOLDEN, f"edm2_tiny{k}.pkl")) for k in ("", "_gnet"))
+    return model, guide, {k: torch.from_numpy(v) for k, v in golden("edm2_tiny.npz").items()}
+
+
+def random_edm2(path=None, seed=0, **sizes):
+    """A tiny EDM2 whose gains are not 0, as they are before training; with `path` its checkpoint."""
+    torch.manual_seed(seed)
+    model = models.EDM2(**dict(models.EDM2_TINY, **sizes)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gain"):
+                p.fill_(0.3)
+    if path:
+        models.save(str(path), model)
+    return model
+
+
+def test_edm2_golden():
+    model, guide, g = golden_edm2()
+    assert (model.family, model.shape, model.num_classes, guide.num_classes) == ("edm2", (3, 16, 16), 10, 1)
+    keys = json.load(open(os.path.join(GOLDEN, "edm2_tiny_keys.json")))["keys_shape_sum_sumsq"]
+    state = model.state_dict()
+    assert set(keys) == set(state)
+    for name, (shape, total, squares) in keys.items():
+        w = state[name].double()
+        assert list(w.shape) == shape and math.isclose(w.sum(), total, abs_tol=1e-9) and math.isclose(w.square().sum(), squares)
+    y = g["labels"].argmax(1)
+    with torch.no_grad():
+        outputs = dict(D_x=model(g["x"], g["sigma"], y), D_x_nolabel=model(g["x"], g["sigma"], torch.full_like(y, 10)),
+                       D_x_scalar_sigma=model(g["x"][:2], torch.full((2,), 1.7), y[:2]),
+                       gnet_D_x=guide(g["x"], g["sigma"], y))
+        c_in = 1 / (0.25 + g["sigma"]**2).sqrt().view(-1, 1, 1, 1)
+        outputs["F_x"] = model.unet(c_in * g["x"], g["sigma"].log() / 4, y)
+        outputs["logvar"] = model.logvar_linear(model.logvar_fourier(g["sigma"].log() / 4))[:, 0]
+    for name, out in outputs.items():
+        assert error(out, g[name]) < 3e-6, name
+
+
+def test_edm2_trajectories_golden():
+    model, guide, g = golden_edm2()
+    labels, churn = g["sample_labels"].argmax(1), tuple(g["churn_params"].tolist())
+    for name, net, plan in (("sample", model, sample.schedule("", 8, family="edm2")),
+                            ("sample_guided", sample.Guided(model, float(g["guidance"]), 0, guide),
+                             sample.schedule("heun", 8, family="edm2")),
+                            ("sample_churn", model, sample.schedule("heun", 8, family="edm2", churn=churn))):
+        recorded = [iter([g["noise"][i], *g["churn_noise"][:, i]]) for i in range(3)]
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(torch, "randn", lambda *a, generator=None, **k: next(recorded[generator.initial_seed()]))
+            *_, (x, _) = sample.trajectory(net, [0, 1, 2], labels, plan)
+        assert error(x, g[name]) < 1e-5, name
+    assert error(torch.cat([sample.schedule("", 8, family="edm2").t, torch.zeros(1)]), g["t_steps"]) < 1e-6
+    assert plan.kick.nonzero().flatten().tolist() == g["churn_step_index"].tolist()
+    assert torch.equal(sample.decode(model, g["rgb_latent"]), g["rgb_decoded"])
+    assert torch.equal(g["rgb_pixels"].float() / 127.5 - 1, g["rgb_encoded"]), "what pretrain puts in"
+    seeds = g["seed_list"].tolist()
+    assert torch.equal(sample.official_labels(model, seeds), g["seed_label"])
+    with torch.no_grad():
+        x, _ = next(sample.trajectory(model, seeds, g["seed_label"], sample.schedule("", 8, family="edm2")))
+    assert torch.equal(x, 80 * g["seed_noise"])
+
+
+class GaussianDenoiser(GaussianData):
+    """The exact denoiser of data N(m, s^2): E[x1 | x]."""
+    family = "edm2"
+
+    def forward(self, x, sigma, y):
+        sigma = sigma.view(-1, 1, 1, 1)
+        return (self.s**2 * x + sigma**2 * self.m) / (self.s**2 + sigma**2)
+
+
+@pytest.mark.parametrize("name, noise, churn", [("heun", 1.0, 0), ("euler", 1.0, 0), ("ancestral", 1.0, 0),
+                                                ("ancestral", 0.5, 0), ("heun", 1.0, 40)])
+def test_edm2_sampler_marginals_on_a_gaussian(name, noise, churn):
+    model, plan = GaussianDenoiser(), sample.schedule(name, 200, noise, 0.0, "edm2", (churn, 0.05, 50, 1.0))
+    with torch.no_grad():
+        xs = [x for x, _ in sample.trajectory(model, sample.image_seeds(0, "select", range(60)), torch.zeros(60).long(), plan)]
+    for k in (len(xs) // 2, len(xs) - 1):
+        sigma = plan.t[k] if k < len(plan.t) else torch.zeros(())
+        std = (model.s**2 + sigma**2).sqrt()
+        assert abs(xs[k].mean() - model.m) < 0.02 * max(1, std) and abs(xs[k].std() / std - 1) < 0.04, (name, k)
+
+
+def test_ancestral_is_the_formula_and_without_noise_the_ode():
+    plan, x, D = sample.schedule("ancestral", 6, 0.8, family="edm2"), *torch.randn(2, 4, 3, 8, 8).double()
+    assert len(plan.noisy) == 5 and plan.end[-1] == 0
+    for k in range(6):
+        s, to = plan.t[k].double(), plan.end[k].double()
+        std = min(to, 0.8 * (to**2 * (s**2 - to**2) / s**2).sqrt())
+        mean, found = sample.gaussian_step(plan, k, x, D)
+        assert torch.allclose(mean, x + (x - D) / s * ((to**2 - std**2).sqrt() - s), atol=1e-5) and abs(found - std) < 1e-5
+    a, b = (sample.schedule(name, 6, 0.0, family="edm2") for name in ("ancestral", "euler"))
+    assert all(torch.equal(p, q) for p, q in zip(a[1:], b[1:]))
+
+
+def test_edm2_gradient_is_the_finite_difference():
+    model = random_edm2(img_resolution=8, channel_mult=[1, 2], channels_per_head=8).double()
+    x, sigma, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.3, 2.0]).double(), torch.tensor([3, 10])
+    target = torch.randn(2, 3, 8, 8).double()
+    loss = lambda: (model(x, sigma, y) * target).sum()
+    loss().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            step = torch.randn(p.shape).double()
+            with torch.no_grad():
+                p += 1e-6 * step
+                ahead = loss()
+                p -= 2e-6 * step
+                slope = (ahead - loss()) / 2e-6
+                p += 1e-6 * step
+            assert abs(slope - (p.grad * step).sum()) < 1e-5 * max(1, abs(slope)), name
+
+
+def test_filters_are_never_stale():
+    model = random_edm2(img_resolution=4, channel_mult=[1])
+    x, sigma, y = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 2.0]), torch.tensor([1, 2])
+    conv = model.unet.enc["4x4_block0"].conv_res0
+    other = torch.randn_like(conv.weight)
+
+    def step():
+        conv.weight.grad = other.clone()
+        torch.optim.Adam([conv.weight], lr=0.5).step()
+
+    def replaced():
+        conv.weight.data = conv.weight.data + other
+
+    state = {k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()}
+    for change in (lambda: conv.weight.copy_(other), lambda: torch._foreach_lerp_([conv.weight], [other * 2 - 1], 0.5), step,
+                   lambda: conv.weight.data.add_(other), replaced, lambda: model.load_state_dict(state),
+                   lambda: conv.weight.detach().numpy().__imul__(other.numpy())):
+        with torch.no_grad():
+            before = model(x, sigma, y)
+            assert torch.equal(before, model(x, sigma, y))
+            change()
+            after = model(x, sigma, y)
+        fresh = model(x, sigma, y).detach()                     # with gradients nothing is kept
+        assert not torch.equal(before, after) and torch.allclose(after, fresh, atol=1e-6)
+    with torch.no_grad():
+        twin = models.copy.deepcopy(model)
+        conv.weight.copy_(other)
+        twin.unet.enc["4x4_block0"].conv_res0.weight.copy_(-other)
+        assert not torch.allclose(model(x, sigma, y), twin(x, sigma, y)), "a copy keeps filters of its own"
+        for candidate in (other, other + 1, other):             # temporary weights, as in merging
+            out = torch.func.functional_call(model, {"unet.enc.4x4_block0.conv_res0.weight": candidate.clone()}, (x, sigma, y))
+            conv.weight.copy_(candidate)
+            assert torch.equal(out, model(x, sigma, y))
+
+
+def test_forward_objective_of_edm2_is_that_of_its_unit_variance_output():
+    model = random_edm2()
+    noise, uniform = torch.randn(8, 3, 16, 16), torch.rand(8)
+    x1, y, A = torch.randn(8, 3, 16, 16).clamp(-1, 1), torch.arange(8), torch.randn(8)
+    x, sigma, u, weight = models.renoise(model, x1, noise, uniform)
+    part = dict(x=x, t=sigma, u=u, y=y, advantage=A, weight=weight)
+    old = model(x, sigma, y).detach() + 0.1 * torch.randn_like(x)
+    loss, _, _ = train_rl.forward_loss(model, part, old, 0.7)
+    s, total = sigma.view(-1, 1, 1, 1), (sigma.view(-1, 1, 1, 1)**2 + 0.25).sqrt()
+    as_F = lambda D: (D - 0.25 / total**2 * x) / (0.5 * s / total)
+    F_new, F_old, F_target = as_F(model(x, sigma, y)), as_F(old), as_F(x1)
+    exact = (-A.view(-1, 1, 1, 1) * (F_target - F_old) * F_new + 0.35 * (F_new - F_old).square()).mean((1, 2, 3))
+    grads = [torch.autograd.grad(z.sum(), model.unet.out_conv.weight, retain_graph=True)[0] for z in (loss, exact)]
+    assert error(*grads) < 1e-4
+    assert abs(as_F(x1).var() - 1) < 0.8 and models.renoise(model, x1, noise, torch.zeros(8))[0].isfinite().all()
+
+
+class Call:
+    """Pickles as a call of `name` with `args`, whatever `name` is."""
+    def __init__(self, f, *args):
+        self.f, self.args = f, args
+
+    def __reduce__(self):
+        return self.f, self.args
+
+
+def hostile_pickles(path):
+    """{name: (object, the global that its refusal names, as protocol 4 spells it)}; run, most would leave PWNED behind."""
+    write = "open('PWNED', 'w')"
+    chain = Call(getattr, Call(getattr, Call(__import__, "os"), "path"), "join")
+    storage = io.BytesIO()
+    torch.save(Call(os.system, "touch PWNED"), storage, _use_new_zipfile_serialization=False)
+    objects = np.empty(1, dtype=object)
+    objects[0] = Call(os.system, "touch PWNED")
+    return {"system": (Call(os.system, "touch PWNED"), "posix.system"), "eval": ([Call(eval, write)], "builtins.eval"),
+            "exec": ({"ema": Call(exec, write)}, "builtins.exec"), "getattr": (chain, "builtins.getattr"),
+            "storage": (Call(torch.storage._load_from_bytes, storage.getvalue()), "posix.system"),
+            "objects": (objects, "posix.system"), "plain objects": (np.array([None]), "numpy.dtype('O8')"),
+            "popen": (Call(subprocess.Popen, ["touch", "PWNED"]), "subprocess.Popen"),
+            "code": (Call(os.chdir, "/"), "posix.chdir"), "method": (Call(torch.Tensor.numpy, torch.ones(1)), "getattr"),
+            "load": (Call(torch.load, str(path)), "torch.serialization.load")}
+
+
+def test_hostile_pickles_leave_nothing_behind(tmp_path, monkeypatch):
+    files = {f"malicious_{k}.pkl": "posix.system" for k in ("edm2", "edm2_storage", "ref")}
+    for name in files:
+        shutil.copy(os.path.join(GOLDEN, name), tmp_path)
+    for name, (thing, said) in hostile_pickles(tmp_path / "x").items():
+        for protocol in (0, 2, 4, 5):
+            files[f"{name}-{protocol}.pkl"] = said
+            (tmp_path / f"{name}-{protocol}.pkl").write_bytes(pickle.dumps({"ema": thing}, protocol))
+    shutil.copy(os.path.join(GOLDEN, "malicious_edm2_src.pkl"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    for name, said in files.items():
+        code, line = mistakes(sample, "--ckpt", name)
+        assert code == 1 and "it asks for" in line and (said in line or "-4." not in name), (name, line)
+    assert models.load("malicious_edm2_src.pkl").shape == (1, 4, 4), "hostile source text is text"
+    assert sorted(os.listdir()) == before
+
+
+def test_damaged_pickles_end_in_one_line(tmp_path):
+    whole, rng = open(os.path.join(GOLDEN, "malicious_edm2_src.pkl"), "rb").read(), np.random.RandomState(0)
+    ends = set()
+    for i in range(120):
+        damaged = bytearray(whole[:rng.randint(len(whole))] if i % 4 == 0 else whole)
+        for _ in range(i % 3 + 1):
+            damaged[rng.randint(min(len(damaged), 3000))] = rng.randint(256)
+        (tmp_path / "d.pkl").write_bytes(damaged)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                models.load(str(tmp_path / "d.pkl"))
+            except SystemExit as e:
+                assert e.code == 1 and err.getvalue().count("\n") == 1, err.getvalue()
+                ends.add(err.getvalue())
+    assert len(ends) > 20
+    model = random_edm2(img_resolution=4, channel_mult=[1])
+    for wrong, said in (dict(model_channels=2**20), "another shape"), (dict(num_blocks=10**9), "num_blocks"), \
+            (dict(model_channels=2**40), "overflow"), (dict(res_balance=0.5), "res_balance"):
+        torch.save(dict(ema=model.state_dict(), init_kwargs=dict(model.init_kwargs, **wrong)), tmp_path / "d.pt")
+        code, line = mistakes(sample, "--ckpt", tmp_path / "d.pt")
+        assert code == 1 and said in line, line
+
+
+def test_statistics_of_edm2_are_arrays():
+    g = models.read_pickle(os.path.join(GOLDEN, "ref_edm2.pkl"))
+    assert g["num_images"] == 900 and g["fid"]["sigma"].shape == (64, 64) and g["fid"]["sigma"].dtype == np.float64
+    for array in (np.arange(6.0).reshape(2, 3).T, np.array([1, 2], ">i4"), np.array([True]), np.zeros((0, 3), np.float16)):
+        again = models.restore(models.RecordReader(io.BytesIO(pickle.dumps(array, 4))).load(), {})
+        assert np.array_equal(again, array) and again.dtype == array.dtype.newbyteorder("=")
+
+
+def test_edm2_round_trip(tmp_path):
+    path, x = tmp_path / "e.pt", torch.randn(2, 3, 16, 16)
+    call = lambda m: m(x, torch.tensor([0.5, 3.0]), torch.tensor([1, 10]))
+    for model in (random_edm2(path), golden_edm2()[1]):
+        models.save(str(path), model, note=1)
+        again = models.load(str(path))
+        assert torch.equal(call(model), call(again)) and again.init_kwargs == model.init_kwargs
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    models.save(str(path), model, torch.float16)
+    assert error(call(models.load(str(path))), call(model)) < 2e-3
+    assert torch.equal(models.load(str(path)).unet.emb_fourier.freqs, model.unet.emb_fourier.freqs)
+
+
+def test_sit_checkpoints_of_every_kind(tmp_path):
+    model, path = models.load(), tmp_path / "s.pt"
+    state = model.state_dict()
+    training = dict(model=state, ema=state, opt=torch.optim.Adam(model.parameters()).state_dict(),
+                    args=argparse.Namespace(lr=1e-4, model="SiT-XL/2"))
+    for kind in (training, state):
+        torch.save(kind, path)
+        assert all(torch.equal(v, state[k]) for k, v in models.load(str(path)).state_dict().items())
+    wrong = {k.replace("blocks.2.attn.qkv.bias", "blocks.2.attn.qkv.bais"): v for k, v in state.items()}
+    table = [(wrong, ["lacks blocks.2.attn.qkv.bias (1 in", "does not know blocks.2.attn.qkv.bais"]),
+             (dict(state, pos_embed=state["pos_embed"][:, :, :32]), ["another shape for pos_embed"]),
+             ({k: v for k, v in state.items() if "t_embedder" not in k}, ["lacks t_embedder.mlp.0.bias", "(4 in all)"]),
+             ({k: v for k, v in state.items() if k != "pos_embed"}, ["no 'pos_embed'"]), ([1], ["no SiT"])]
+    for bad, said in table:
+        torch.save(dict(ema=bad), path)
+        code, line = mistakes(sample, "--ckpt", path)
+        assert code == 1 and all(words in line for words in said), line
+    torch.save(dict(state, x=Call(os.system, "touch PWNED")), path)
+    assert "posix.system" in mistakes(sample, "--ckpt", path)[1]
+
+
+def test_checkpoints_from_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a b.pt"
+    random_edm2(path)
+    url, digest = path.as_uri(), models.sha256(path)
+    code, out, err = run(sample, "--ckpt", f"{url}#sha256={digest}", "--num=4", "--steps=2", "--out", tmp_path / "o")
+    assert code == 0 and digest in out and "heun, 2 steps" in out, err
+    path.unlink()
+    assert models.load(url).family == "edm2" and len(os.listdir(tmp_path / "cache" / "distribution-wise-rewards")) == 1
+    for bad, code, said in ((f"{url}#sha256={64 * '0'}", 1, digest), (f"{url}#sha256=12", 2, "64 hex"),
+                            (f"{url}x", 1, "bring the file"), ("https://localhost:1/a.pt", 1, "bring the file")):
+        found, line = mistakes(sample, "--ckpt", bad)
+        assert found == code and said in line, line
+    assert len(os.listdir(tmp_path / "cache" / "distribution-wise-rewards")) == 1
+
+
+def test_edm2_as_typed(tmp_path):
+    path, weak = tmp_path / "e.pt", tmp_path / "g.pt"
+    random_edm2(path, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
+    random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
+    for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"], ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
+        quick = [o for o in QUICK if "forward_every" not in o or "--objective=ppo" not in options]
+        code, out, err = run(train_rl, *quick, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
+        assert code == 0 and "ppo on ancestral" in out and "heun-2" in out, err
+        base, tuned = models.load(str(path)), models.load(str(tmp_path / "o" / "ckpt.pt"))
+        moved = [k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])]
+        assert tuned.family == "edm2" and len(moved) > 30 and not any("fourier" in k for k in moved)
+    code, out, err = run(fid, "--ckpt", path, "--guide", weak, "--num=20", "--num_real=20", "--num_prdc=10", "--features=factors",
+                         "--steps=2")
+    assert code == 0 and "heun, 2 steps" in out, err
+    draw = lambda *options: run(sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path, "--npz", tmp_path / "s.npz",
+                                *options)[0] or np.load(tmp_path / "s.npz")["arr_0"].astype(int)
+    assert abs(draw("--official") - draw("--official", "--batch_size=4")).max() <= 1
+    assert (draw() != draw("--S_churn=30")).any() and (draw() != draw("--official")).any()
+    assert abs(draw("--sampler=ancestral", "--noise=0") - draw("--sampler=euler")).max() == 0
+
+
+def test_edm2_mistakes(tmp_path):
+    path, sit = tmp_path / "e.pt", os.path.join(models.ASSETS, "sit-tiny.pt")
+    random_edm2(path)
+    table = [(["--sampler=flow"], 2, "heun, euler, ancestral"), (["--last=0.1"], 2, "for SiT"), (["--guide", sit], 1, "sit for"),
+             (["--guide", path, "--cfg=2"], 2, "two ways"), (["--guidance=2"], 2, "missing"),
+             (["--S_churn=5", "--sampler=euler"], 2, "S_churn")]
+    for argv, code, said in table:
+        found, line = mistakes(sample, "--ckpt", path, "--num=2", "--out", tmp_path, *argv)
+        assert found == code and said in line, (argv, line)
+    assert "no sampler" in mistakes(sample, "--sampler=ancestral")[1]
+    assert "no noise" in mistakes(train_rl, "--ckpt", path, "--sampler=heun", "--out", tmp_path / "o")[1]
+    assert "sit or edm2" in mistakes(models, "--family=dit")[1]
+
+
+def test_pretraining_of_edm2_learns(tmp_path):
+    torch.manual_seed(0)
+    model, (x, y, _) = models.EDM2(**dict(models.EDM2_TINY, img_resolution=8, channel_mult=[1, 2])), models.tiny_images(200, 0)
+    x = x[:, :, ::2, ::2]
+    xt, t, u, weight = models.renoise(model, x / 127.5 - 1, torch.randn(x.shape), torch.rand(200))
+    losses = []
+
+    @torch.no_grad()
+    def snapshot(seen, averages):
+        losses.append(((averages[0.05](xt, t, y) - u).square().mean((1, 2, 3)) * weight).mean().item())
+
+    models.pretrain(model, x, y, 0, 0.3, 1e9, 50, snapshot, total=2000)
+    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0], losses
+    w = model.unet.out_conv.weight
+    assert torch.allclose(w.square().mean((1, 2, 3)), torch.ones(3), atol=1e-3), "forced weight normalisation"
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------
