@@ -1116,8 +1116,8 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if c.only not in ("all", "features", "base"):
         fail(f"only {c.only!r}: choose all, features or base")
-    if c.family not in ("sit", "edm2"):
-        fail(f"family {c.family!r}: choose sit or edm2")
+    if c.family not in ("sit", "edm2") or (c.ckpt and "family" in c.given):
+        fail(f"family {c.family!r}: choose sit or edm2 for a new base; with --ckpt leave it out")
     if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
              "none may be negative, images and batch_size at least 1")
@@ -1150,10 +1150,19 @@ def main(argv=None):
         fail(f"{c.real} holds {len(x)} image; needed are at least 2", code=1)
     print(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes")
 
+    torch.manual_seed(c.seed)
+    if c.ckpt:
+        model = load(c.ckpt)
+    elif c.family == "sit":
+        model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
+    else:
+        model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
+    check_classes(c.real, model.num_classes)
+
     # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
     net = feature_net("tiny2", os.path.join(c.out, "features-tiny2.pt") if make_assets else None)
     judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
-    num, steps = 10_000 if c.real == "tiny" else 1_000, 10 if c.family == "sit" else 5      # heun evaluates twice
+    num, steps = 10_000 if c.real == "tiny" else 1_000, 10 if model.family == "sit" else 5   # heun evaluates twice
 
     def snapshot(eighth, seen, averages):
         for std, model in averages.items():
@@ -1166,14 +1175,6 @@ def main(argv=None):
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
-    torch.manual_seed(c.seed)
-    if c.ckpt:
-        model = load(c.ckpt)
-    elif c.family == "sit":
-        model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
-    else:
-        model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
-    check_classes(c.real, model.num_classes)
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
     state_path = path + ".state"
     if os.path.exists(state_path) and not c.resume:
