@@ -186,8 +186,8 @@ class Base:
             raise ValueError("the generated covariance is singular, so no image has a first variation: "
                              "the set needs more images than features have dimensions, better five times as many")
         f = features - self.mu
-        transported = (f @ self.axes).square() @ self.vals.rsqrt()
-        return f.square().sum(1) - transported + 2 * f @ self.shift - self.trace + self.roots
+        moved = (f @ self.axes).square() @ self.vals.rsqrt()                # f^T T f
+        return f.square().sum(1) - moved + 2 * f @ self.shift - self.trace + self.roots
 
 
 def quadrature(low, high, curvature, tolerance, most):
@@ -364,12 +364,10 @@ class ReferenceSet:
 
     value = fd
 
-    def influence(self, features):
-        """First variation psi (n,) of FD for images with these features (n, d), see influence(). Negative is good."""
+    def influence(self, features):          # as Stream's, of any images
         return self.stream.influence(features)
 
-    def leave_one_out(self, features):
-        """Exact change of FD were one of the members with these features (n, d) left out (n,). Positive is good."""
+    def leave_one_out(self, features):      # as Stream's, of members
         return self.stream.leave_one_out(features)
 
     def all_reduce(self, x):
@@ -578,20 +576,23 @@ class SumSet:
         self.parts, self.dims = parts, dims
 
     @property
+    def values(self):
+        values = [part.value for part in self.parts]
+        if min(values) <= 0:
+            raise ValueError(f"a distance of {min(values):.1e} is no unit for its changes: use one feature network")
+        return values
+
+    @property
     def value(self):
-        return math.prod(part.value for part in self.parts)**(1 / len(self.parts))
+        return math.prod(self.values)**(1 / len(self.parts))
 
     @property
     def deviation(self):
         return max(part.deviation for part in self.parts)
 
     def total(self, change, features):      # change(part, its columns)
-        total = 0
-        for part, f in zip(self.parts, features.split(self.dims, dim=-1)):
-            if part.value <= 0:
-                raise ValueError(f"a distance of {part.value:.1e} is no unit for its changes: use one feature network")
-            total = total + change(part, f) / part.value
-        return total
+        columns = features.split(self.dims, dim=-1)
+        return sum(change(part, f) / value for part, f, value in zip(self.parts, columns, self.values))
 
     def swap_gain(self, slots, new):
         return self.total(lambda part, f: part.swap_gain(slots, f), new)
