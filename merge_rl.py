@@ -26,15 +26,16 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from fid import evaluate, feature_net, real_summaries
-from models import (ASSETS, check_classes, configure, ema_exponent, fail, load, pretrain, print0, read_checkpoint, save,
-                    setup, writable, write)
+from fid import WEIGHTS, evaluate, feature_net, real_summaries
+from models import (ASSETS, Config, check_classes, configure, ema_exponent, fail, image_size, is_statistics, load,
+                    pretrain, print0, read_checkpoint, save, setup, stored_parts, writable, write)
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds, save_grid, schedule
+from sample import generate, image_seeds, load_guided, save_grid, schedule
 
 # -----------------------------------------------------------------------------
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
-real = "tiny" # real images: "tiny", a folder, a zip, or an .npz of their statistics (mu, sigma)
+vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
+real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
 out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png, log.jsonl
 json = "" # also write the numbers to this file
 seed = 0 # of the search; evaluation has its own stream
@@ -52,12 +53,16 @@ lr = 0.12 # of the mean; falls to 0
 reference = 1000 # images of the reference set at the start
 memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
 # how images are drawn and judged
-sampler = "euler" # see sample.py
-steps = 10 # of the sampler
+sampler = "" # see sample.py; empty: euler for SiT, heun for EDM2
+steps = 0 # of the sampler; 0: 10, or 5 of heun, which evaluates twice
 noise = 1.0 # its noise level, if it has noise
-cfg = 1.0 # guidance scale
+cfg = 1.0 # guidance scale; 1: none
+cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
+guide = "" # weaker network to guide with instead (autoguidance)
+guidance = 1.4 # scale of the guide
 batch_size = 250 # images in one pass, per rank
-features = "tiny" # feature network of the search
+features = "tiny" # feature network of the search, see fid.py
+features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 judges = ["tiny2", "tiny"] # feature networks of the table; the first is held out from the search
 num = 10000 # fresh images per row of the table; 0: no evaluation
 num_real = 50000 # real images of the tiny world, each for search and judging; of a folder each gets half
@@ -93,11 +98,11 @@ def group_of(name, per):
 
 class Basis:
     """K checkpoints of one architecture, each kept in its file's dtype, and one model that holds their mixtures."""
-    def __init__(self, paths, per, device):
-        self.paths, self.model, self.states = paths, load(paths[0], device), []
-        shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
+    def __init__(self, paths, per, model):
+        self.paths, self.model, self.states = paths, model, []
+        shapes = {name: p.shape for name, p in model.model.named_parameters() if p.requires_grad}
         for path in paths:
-            state = stored_state(path)
+            state = stored_parts(path)["ema"]
             found = {name: state[name].shape for name in shapes if name in state}
             odd = [name for name in shapes if found.get(name) != shapes[name]]
             if odd:
@@ -114,11 +119,11 @@ class Basis:
     @torch.no_grad()
     def merge(self, w):
         """
-        The model with parameters sum_k w[g, k] theta_k, w (G, K) with rows of sum 1, in float32. Written as the
+        The guided model with parameters sum_k w[g, k] theta_k, w (G, K) with rows of sum 1, in float32. Written as the
         checkpoint of the largest coefficient plus multiples of differences to it: equal checkpoints stay what they are,
         bit for bit. Buffers and the position table are those of the first checkpoint.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.model.named_parameters())
         for name, g in self.rows.items():
             p, row = parameters[name], w[g]
             main = row.argmax().item()
@@ -129,12 +134,6 @@ class Basis:
                     total += row[k].item() * (self.states[k][name].to(p.device, torch.float32) - centre)
             p.copy_(total)
         return self.model
-
-
-def stored_state(path):
-    """Parameters by name as the file holds them."""
-    parts = read_checkpoint(path)
-    return parts.get("ema", parts)
 
 
 # ---- Drawing candidates ---------------------------------------------------------------------------------------------
@@ -154,8 +153,8 @@ class Search:
     def features_of(self, indices):
         model, c = self.basis.model, self.c
         labels = indices % model.num_classes
-        batches = generate(model, image_seeds(c.seed, "train", indices), labels, c.sampler, c.steps, c.cfg,
-                           c.batch_size, c.noise)
+        batches = generate(model, image_seeds(c.seed, "train", indices), labels, c.sampler, c.steps, 1.0, c.batch_size,
+                           c.noise)
         return torch.cat([self.net(x.to(self.real.mu.device)) for x in batches])
 
     def draw(self, ws, count, first):
@@ -367,14 +366,14 @@ def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
     path = os.path.join(search.folder, "self.pt")
     if not os.path.exists(path):
         trained, indices = load(basis.paths[-1]), torch.arange(half)
-        batches = generate(trained, image_seeds(c.seed, "train", indices), None, c.sampler, c.steps, c.cfg,
-                           c.batch_size, c.noise)
+        batches = generate(trained, image_seeds(c.seed, "train", indices), None, c.sampler, c.steps, 1.0, c.batch_size,
+                           c.noise)
         pretrain(trained, torch.cat(list(batches)), indices % trained.num_classes, c.seed, lr=1e-4, lr_matrices=3e-4,
                  lr_knee=math.inf, batch=250, snapshot=lambda *_: None, total=4 * half)
         if dist.get_rank() == 0:
             save(path, trained)
         dist.barrier()
-    basis.states = basis.states[:K] + [stored_state(path)]
+    basis.states = basis.states[:K] + [stored_parts(path)["ema"]]
     search.drawn += half
     search.bar.update(half)
     ws = torch.stack([(1 + s) * one_hot(K - 1, G, K + 1) - s * one_hot(K, G, K + 1) for s in scales])
@@ -407,7 +406,7 @@ def judge_all(basis, results, judges, real, c):
     G, K = len(basis.groups), len(basis.paths)
     rows = {}
     for name, w in {"last": one_hot(K - 1, G, K), **results}.items():
-        rows[name] = evaluate(basis.merge(w), judges, real, c.num, c.sampler, c.steps, c.noise, cfg=c.cfg, seed=c.seed,
+        rows[name] = evaluate(basis.merge(w), judges, real, c.num, c.sampler, c.steps, c.noise, seed=c.seed,
                               num_prdc=c.num_prdc, batch_size=c.batch_size, keep=min(c.num, 200))
     return rows
 
@@ -467,7 +466,6 @@ def check(c, world):
                           ("policy", ("mean", "net")), ("credit", ("image", "subset"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
-    schedule(c.sampler, c.steps, c.noise)
     for name, least in dict(images=2, pairs=1, batch_size=1, num_prdc=10, num_real=10, reference=2 * c.images).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
@@ -480,7 +478,7 @@ def check(c, world):
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
-    if c.real.endswith(".npz") and c.num and c.judges != [c.features]:
+    if is_statistics(c.real) and c.num and c.judges != [c.features]:
         fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
     for path in filter(None, (os.path.join(c.out, "merged.pt"), c.json)):
         writable(path)
@@ -492,18 +490,26 @@ def main(argv=None):
     began = time.time()
     check(c, world)
     paths = find_checkpoints(c.ckpts)
-    basis = Basis(paths, c.per, device)
-    check_classes(c.real, basis.model.num_classes)
+    c["ckpt"] = paths[0]
+    guided = load_guided(c, device)
+    sampler_of = {"sit": "euler", "edm2": "heun"}[guided.family]
+    c = Config(c, sampler=c.sampler or sampler_of)
+    c = Config(c, steps=c.steps or (5 if c.sampler == "heun" else 10))
+    schedule(c.sampler, c.steps, c.noise, 0.0, guided.family)
+    check_classes(c.real, guided.num_classes)
+    basis = Basis(paths, c.per, guided)
     G, K = len(basis.groups), len(paths)
     methods = [name for name in METHODS if not obstacle(name, paths)] if c.method == "all" else [c.method]
     if obstacle(methods[0], paths):
         fail(f"--method={c.method}: {obstacle(methods[0], paths)}")
-    net, *judges = [feature_net(name, device=device) for name in (c.features, *c.judges)]
-    print0(f"{K} checkpoints of {sum(p.numel() for p in basis.model.parameters()) / 1e6:.2f} M parameters, {G} groups of "
+    nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
+            for name in dict.fromkeys([c.features, *c.judges])}
+    net, judges = nets[c.features], [nets[name] for name in c.judges]
+    print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups of "
            f"coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {net.name}")
-    num_real = c.num_real if c.real == "tiny" else 0
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device)[net.name]
-    real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device) if c.num else None
+    num_real, size = c.num_real if c.real == "tiny" else 0, image_size(guided)
+    real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
+    real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size) if c.num else None
 
     results, drawn, log = {}, {}, []
     for name in methods:
@@ -528,7 +534,7 @@ def main(argv=None):
                  rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, nets in rows.items()
                        for row in (nets[judge.name] for judge in judges)], seconds=time.time() - began)
     if rank == 0:
-        save(os.path.join(c.out, "merged.pt"), basis.merge(w), config=dict(c), coefficients=w.tolist())
+        save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
         save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups, paths)
         for path in filter(None, (os.path.join(c.out, "merge.json"), c.json)):
             with open(path, "w") as f:
@@ -537,7 +543,7 @@ def main(argv=None):
             if rows:
                 save_grid(os.path.join(c.out, picture), rows[name]["images"])
     if rows:
-        print0(table(rows, best, drawn, judges, basis.model.num_classes))
+        print0(table(rows, best, drawn, judges, guided.num_classes))
     for g, group in enumerate(basis.groups[:12]):
         print0(f"{group}: " + " ".join(f"{x:+.3f}" for x in w[g].tolist()))
     print0(f"searched for {searched:.0f} s, {time.time() - began:.0f} s in all; {os.path.join(c.out, 'merged.pt')}, "

@@ -913,19 +913,31 @@ def fetch(url):
     return path
 
 
+def stored_parts(path):
+    """What a checkpoint of either family holds, {ema: tensors by name in the file's dtype, heads or init_kwargs}."""
+    asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
+    path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
+    if path.endswith(".pkl"):
+        network = read_pickle(path)
+        try:
+            return dict(ema=module_tensors(network["ema"]), init_kwargs=network["ema"]["state"]["_init_kwargs"])
+        except Exception as e:
+            fail(f"{path} holds no EDM2 network ({type(e).__name__}: {str(e)[:80]})", code=1)
+    parts = read_checkpoint(path)
+    if not isinstance(parts, dict) or not isinstance(parts.get("ema", parts), dict):
+        fail(f"{path} is no SiT or EDM2 of this version: needed is a dict of tensors, flat or under 'ema'", code=1)
+    return parts if "ema" in parts else dict(ema=parts)
+
+
 def load(path="", device="cpu"):
     """
     A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or EDM2 .pkl, one
     of ours, or the URL of one. It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes,
     which is the null class.
     """
-    asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
-    path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
-    parts = read_pickle(path) if path.endswith(".pkl") else read_checkpoint(path)
+    parts = stored_parts(path)
+    state = parts["ema"]
     try:
-        if path.endswith(".pkl"):
-            parts = dict(ema=module_tensors(parts["ema"]), init_kwargs=parts["ema"]["state"]["_init_kwargs"])
-        state = parts.get("ema", parts)
         with torch.device("meta"):          # no memory until all shapes are known to fit
             edm2 = "init_kwargs" in parts
             model = edm2_like(state, parts["init_kwargs"]) if edm2 else sit_like(state, parts.get("heads"))

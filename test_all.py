@@ -1693,15 +1693,19 @@ SNAPSHOTS = [os.path.join(models.ASSETS, f"sit-tiny-{k}.pt") for k in ("03000-0.
 BRIEF = ["--ckpts", *SNAPSHOTS, "--steps=3", "--num_real=300", "--images=40", "--pairs=2", "--reference=100"]
 
 
-def test_merge_returns_what_it_was_given():
-    basis = merge_rl.Basis(SNAPSHOTS, "block", "cpu")
+def basis_of(paths, per="all"):
+    return merge_rl.Basis(paths, per, sample.Guided(models.load(paths[0])))
+
+
+def test_merge_returns_what_it_was_given(tmp_path):
+    basis = basis_of(SNAPSHOTS, "block")
     for k, path in enumerate(SNAPSHOTS):
-        merged, stored = basis.merge(merge_rl.one_hot(k, len(basis.groups), 3)), models.load(path)
+        merged, stored = basis.merge(merge_rl.one_hot(k, len(basis.groups), 3)).model, models.load(path)
         assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), stored.state_dict().values())), path
-    same = merge_rl.Basis([SNAPSHOTS[1]] * 3, "all", "cpu").merge(torch.tensor([[0.7, -0.4, 0.7]]).double())
+    same = basis_of([SNAPSHOTS[1]] * 3).merge(torch.tensor([[0.7, -0.4, 0.7]]).double()).model
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), models.load(SNAPSHOTS[1]).state_dict().values()))
     w = torch.tensor([[0.5, -0.25, 0.75]]).double()
-    mixed = merge_rl.Basis(SNAPSHOTS, "all", "cpu").merge(w).state_dict()
+    mixed = basis_of(SNAPSHOTS).merge(w).model.state_dict()
     parts = [models.load(path).state_dict() for path in SNAPSHOTS]
     assert all(torch.allclose(mixed[k], sum(x * p[k] for x, p in zip(w[0].tolist(), parts)), atol=1e-6) for k in mixed)
 
@@ -1710,7 +1714,7 @@ def test_groups_of_coefficients():
     assert merge_rl.group_of("blocks.3.attn.qkv.weight", "block") == "blocks.3"
     assert merge_rl.group_of("unet.enc.16x16_block0.conv_res0.weight", "stage") == "unet.enc.16x16"
     assert merge_rl.group_of("unet.enc.16x16_block0.conv_res0.weight", "block") == "unet.enc.16x16_block0"
-    assert len(merge_rl.Basis(SNAPSHOTS[:2], "stage", "cpu").groups) == 5
+    assert len(basis_of(SNAPSHOTS[:2], "stage").groups) == 5
 
 
 @pytest.mark.parametrize("policy, bound", [("mean", 0.05), ("net", 0.15)])
@@ -1740,13 +1744,13 @@ def test_posthoc_ema_golden():
 def test_merge_rl_as_typed(tmp_path):
     code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=200", "--num_prdc=50", "--out", tmp_path,
                          "--json", tmp_path / "m.json")
-    assert code == 0 and all(f"{name} " in out for name in ("last", *merge_rl.METHODS)), err
+    assert code == 0 and all(f"{name} " in out for name in {"last", *merge_rl.METHODS} - {"line"}), err
     found = json.load(open(tmp_path / "m.json"))
     assert all(spent <= 600 for spent in found["drawn"].values()) and found["drawn"]["rl"] > 400
     assert len(found["rows"]) == 2 * 8 and found["candidates"][0]["method"] == "rl"
     merged, w = models.load(str(tmp_path / "merged.pt")), torch.tensor(found["coefficients"]["rl"], dtype=torch.float64)
     assert abs(w.sum().item() - 1) < 1e-9
-    again = merge_rl.Basis(SNAPSHOTS, "all", "cpu").merge(w)
+    again = basis_of(SNAPSHOTS).merge(w).model
     assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), again.state_dict().values()))
     assert Image.open(tmp_path / "coefficients.png").size[0] >= 240
 
