@@ -24,6 +24,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import warnings
@@ -983,14 +984,24 @@ def edm2_like(state, init_kwargs):
     return EDM2(**sizes)
 
 
-def write(path, parts):
-    """torch.save to a neighbour, then rename: an interrupted write leaves the old file whole."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".part", "wb") as f:
-        torch.save(parts, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
+def write(path, parts, previous=""):
+    """
+    torch.save to a neighbour, then rename: an interrupted write leaves the old file whole, and a full disk ends the
+    script with one line. With `previous` the old file is kept under that name.
+    """
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path + ".part", "wb") as f:
+            torch.save(parts, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
+        os.replace(path + ".part", path)
+    except (OSError, RuntimeError) as e:    # torch's writer turns a full disk into a RuntimeError
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        fail(f"cannot write {path} ({str(e)[:80]}); what was there before is whole", code=1)
 
 
 def save(path, model, dtype=None, **extra):
@@ -1089,6 +1100,28 @@ def writable(path):
         fail(f"cannot write {path}: {e.strerror}")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         fail(f"cannot write {path}: needed is a file name in a folder that can be written to")
+
+
+class Stop:
+    """
+    SIGTERM and SIGINT end the script with one line and exit code 128 + number; while it is .patient, the first only
+    leaves its .number, so that a loop can end where everything is whole.
+    """
+    def __init__(self):
+        self.number, self.patient = 0, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.came) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def came(self, number, frame):
+        if not self.patient or self.number:
+            fail(f"stopped by {signal.Signals(number).name}", code=128 + number)
+        self.number = number
 
 
 def setup():

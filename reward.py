@@ -300,6 +300,15 @@ class Stream:
         check_features(features, 2, len(self.real_mu))
         self.set(self.moments.fade(self.memory).add(features))
 
+    def state_dict(self):
+        return dict(vars(self.moments))
+
+    def load_state_dict(self, state):
+        moments = Moments(len(self.real_mu), self.moments.sum.device)
+        for name, x in state.items():
+            setattr(moments, name, x.to(moments.sum) if torch.is_tensor(x) else x)
+        self.set(moments)
+
     def influence(self, features):
         """First variation psi (n,) of FD for images with these features (n, d), see influence(). Negative is good."""
         check_features(features, 2, len(self.real_mu))
@@ -472,17 +481,19 @@ class ReferenceSet:
         self.before = self.proposed = None
 
     def state_dict(self):
-        """Tensors and numbers, for torch.load(weights_only=True); of a sharded set, this rank's."""
-        return dict(features=self.features, num=self.num, oldest=self.oldest, **vars(self.moments))
+        """Tensors and numbers, for torch.load(weights_only=True); of the whole set, for any number of ranks."""
+        return dict(features=self.rows(torch.arange(self.num)), num=self.num, oldest=self.oldest,
+                    deviation=self.deviation, checked=self.checked is self.stream.base, stream=self.stream.state_dict())
 
     def load_state_dict(self, state):
-        shape = len(range(self.rank, state["num"], self.world)), self.features.shape[1]
+        shape = state["num"], self.features.shape[1]
         if state["features"].shape != shape:
-            raise ValueError(f"features {tuple(state['features'].shape)}: needed are {shape}, on {self.world} ranks")
-        state, moments, self.before, self.proposed = copy.deepcopy(state), copy.copy(self.moments), None, None
-        self.features, self.num, self.oldest = (state.pop(k) for k in ("features", "num", "oldest"))
-        vars(moments).update(state)
-        self.stream.set(moments)
+            raise ValueError(f"features {tuple(state['features'].shape)}: needed are {shape}")
+        self.features = state["features"][self.rank::self.world].to(self.features).clone()
+        self.num, self.oldest, self.before, self.proposed = state["num"], state["oldest"], None, None
+        self.stream = copy.copy(self.stream)
+        self.stream.load_state_dict(state["stream"])
+        self.checked, self.deviation = self.stream.base if state["checked"] else None, state["deviation"]
 
     def audit(self, bound=1e-9):
         """The relative drift of the moments from what the features say, asserted to be within the bound."""
@@ -522,6 +533,13 @@ class KernelSet:
         self.real_term = (self.sums(self.real, self.real) - self.own(self.real)).sum() / (M * (M - 1))
         self.totals = torch.stack([self.own(features).sum(), self.sums(features, features).sum(),
                                    self.sums(features, self.real).sum()])   # k(f, f), with the set, with real images
+
+    def state_dict(self):
+        return dict(features=self.features, totals=self.totals, oldest=self.oldest)
+
+    def load_state_dict(self, state):
+        self.features, self.totals, self.oldest = (
+            state["features"].to(self.features), state["totals"].to(self.totals), state["oldest"])
 
     def sums(self, f, others):              # (n, d), (m, d) => (n,): kernel sums with all of others
         return torch.cat([self.kernel(rows.double(), others.double()).sum(1) for rows in f.split(1000)])
@@ -574,6 +592,13 @@ class SumSet:
     """
     def __init__(self, parts, dims):
         self.parts, self.dims = parts, dims
+
+    def state_dict(self):
+        return dict(parts=[part.state_dict() for part in self.parts])
+
+    def load_state_dict(self, state):
+        for part, kept in zip(self.parts, state["parts"]):
+            part.load_state_dict(kept)
 
     @property
     def values(self):

@@ -14,8 +14,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 import zipfile
 import zlib
@@ -63,10 +65,10 @@ def run(script, *argv):
     return code, out.getvalue(), err.getvalue()
 
 
-def mistakes(script, *argv):
+def mistakes(script, *argv, expect=None):
     code, _, err = run(script, *argv)
     lines = [line for line in re.split(r"[\r\n]", err) if line.startswith("error: ")]
-    assert code in (1, 2) and len(lines) == 1 and "Traceback" not in err, (argv, code, err)
+    assert code in ((1, 2) if expect is None else (expect,)) and len(lines) == 1 and "Traceback" not in err, (argv, code, err)
     return code, lines[0]
 
 
@@ -1148,10 +1150,12 @@ QUICK = ["--iters=2", "--forward_every=2", "--batch=120", "--reference=200", "--
 def test_train_rl_as_typed(tmp_path):
     code, out, err = run(train_rl, *QUICK, "--out", tmp_path / "o", "--json", tmp_path / "r.json")
     assert code == 0, err
-    assert sorted(os.listdir(tmp_path / "o")) == ["after.png", "before.png", "ckpt.pt", "log.jsonl"]
-    rows = [json.loads(line) for line in open(tmp_path / "o" / "log.jsonl")]
-    assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "images_per_second",
-                               "seconds", "gap"} <= set(rows[0])
+    assert sorted(os.listdir(tmp_path / "o")) == ["after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "state.pt",
+                                                  "times.jsonl"]
+    rows, times = ([json.loads(line) for line in open(tmp_path / "o" / f"{k}.jsonl")] for k in ("log", "times"))
+    assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "gap", "skipped"} <= set(rows[0])
+    assert len(times) == 2 and times[0]["images_per_second"] > 0 and set(times[0]["seconds"]) == {
+        "rollout", "reward", "update", "guard"}
     assert "note: image credit" not in out, "120 images a rollout are enough at memory 0.5"
     result = json.load(open(tmp_path / "r.json"))
     assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 200 + 2 * 120
@@ -1795,6 +1799,126 @@ def test_merge_mistakes(tmp_path):
     for argv, code, said in table:
         found, line = mistakes(merge_rl, "--out", tmp_path / "o", "--num_real=100", "--ckpts", *argv)
         assert found == code and said in line, (argv, found, line)
+
+
+# ---- Resuming, stopping, skipping ----------------------------------------------------------------------------------
+
+SHORT = ["--iters=6", "--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=3", "--save_every=2"]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(rollout, argv):
+    """train_rl that dies, without a chance to save, in its given rollout."""
+    count, draw = 0, train_rl.roll_out
+
+    def dying(*args):
+        nonlocal count
+        count += 1
+        if count == rollout:
+            raise Killed
+        return draw(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_rl, "roll_out", dying)
+        run(train_rl, *argv)
+
+
+def left(out):
+    return {name: (out / name).read_bytes() for name in ("log.jsonl", "ckpt.pt")}
+
+
+@pytest.mark.parametrize("options", [[], ["--credit=subset", "--subset=10", "--refresh=2", "--objective=ppo"],
+                                     ["--credit=subset", "--subset=10", "--features=tiny,tiny2"],
+                                     ["--reward=kid", "--epochs=2", "--num_prdc=60"]])
+def test_resumed_is_uninterrupted(tmp_path, options):
+    whole, broken = ([*SHORT, *options, "--out", tmp_path / k] for k in "wb")
+    assert run(train_rl, *whole)[0] == 0
+    for rollout in (1, 6, 3):
+        killed_at(rollout, [*broken, "--resume"])
+    code, out, err = run(train_rl, *broken, "--resume")
+    assert code == 0 and "resumed at iteration" in out, err
+    for name, found in left(tmp_path / "b").items():
+        assert found == left(tmp_path / "w")[name], name
+
+
+def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
+    argv = [*SHORT, "--out", tmp_path]
+    assert run(train_rl, *argv)[0] == 0
+    before = left(tmp_path)
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:-5000])
+    code, out, _ = run(train_rl, *argv, "--resume")
+    assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
+    code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
+    assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
+    assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
+    (tmp_path / "log.jsonl").write_text("")
+    assert "shorter" in mistakes(train_rl, *argv, "--iters=7", "--resume")[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(tmp_path, number, monkeypatch):
+    whole, argv, path_kl = [*SHORT, "--out", tmp_path / "w"], [*SHORT, "--out", tmp_path / "b"], train_rl.path_kl
+    assert run(train_rl, *whole)[0] == 0
+    monkeypatch.setattr(train_rl, "path_kl", lambda *a: os.kill(os.getpid(), number) or path_kl(*a))
+    code, out, err = run(train_rl, *argv)
+    assert code == 128 + number and f"stopped by {number.name} after 1 iterations" in out, err
+    monkeypatch.setattr(train_rl, "path_kl", path_kl)
+    assert run(train_rl, *argv, "--resume")[0] == 0 and left(tmp_path / "b") == left(tmp_path / "w")
+    monkeypatch.setattr(train_rl, "load_guided", lambda *a: os.kill(os.getpid(), number))
+    code, line = mistakes(train_rl, *argv, expect=128 + number)
+    assert f"stopped by {number.name}" in line
+
+
+def test_what_is_not_finite_is_skipped(tmp_path, monkeypatch):
+    loss, kl, calls = train_rl.ppo_loss, train_rl.path_kl, []
+    argv = [*SHORT, "--objective=ppo", "--out", tmp_path]
+
+    def broken(*args):
+        calls.append(1)
+        value, *rest = loss(*args)
+        return (value * math.nan if len(calls) == 2 else value, *rest)
+
+    monkeypatch.setattr(train_rl, "ppo_loss", broken)
+    monkeypatch.setattr(train_rl, "path_kl", lambda *a: math.inf if len(calls) == 4 else kl(*a))
+    assert run(train_rl, *argv)[0] == 0
+    assert [json.loads(line)["skipped"] for line in open(tmp_path / "log.jsonl")] == [0, 1, 1, 2, 2, 2]
+    assert all(v.isfinite().all() for v in models.load(str(tmp_path / "ckpt.pt")).state_dict().values())
+    monkeypatch.setattr(train_rl, "path_kl", lambda *a: math.nan)
+    code, line = mistakes(train_rl, *argv)
+    assert code == 1 and "5 iterations in a row" in line and "state.pt" in line
+    monkeypatch.setattr(train_rl, "gather", lambda x, n: x * math.nan if len(x) == 80 else x)
+    assert "5 iterations in a row" in mistakes(train_rl, *argv)[1]
+
+
+def test_killed_process_is_resumed_by_torchrun(tmp_path):
+    """kill -9 of one of two ranks in mid-run; torchrun --max_restarts starts both again, and they go on."""
+    argv = ["train_rl.py", *SHORT, "--iters=12", "--save_every=1"]
+    two = torchrun(2, *argv, "--out", tmp_path / "w")
+    assert two.returncode == 0, two.stderr[-2000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--",
+               *argv, "--out", str(tmp_path / "b")]
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (tmp_path / "b" / "state.pt").exists():
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "resumed at iteration" in out, out[-2000:]
+    assert left(tmp_path / "b") == left(tmp_path / "w")
+    for world, iters in ((1, 4), (2, 8)):       # 1 rank, 2 ranks, 1 rank: the same images and distances
+        turn = ["train_rl.py", *SHORT, f"--iters={iters}", "--resume", "--changed", "--out", tmp_path / "c"]
+        assert torchrun(world, *turn).returncode == 0
+    assert run(train_rl, *SHORT, "--iters=12", "--resume", "--changed", "--out", tmp_path / "c")[0] == 0
+    for a, b in zip(open(tmp_path / "c" / "log.jsonl"), open(tmp_path / "w" / "log.jsonl"), strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a["images"] == b["images"] and math.isclose(a["fd"], b["fd"], rel_tol=1e-5)
+    states = [models.load(str(tmp_path / k / "ckpt.pt")).state_dict() for k in "cw"]
+    assert all(error(states[0][k], states[1][k]) < 1e-4 for k in states[0])
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------

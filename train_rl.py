@@ -18,6 +18,7 @@ torchrun --nproc_per_node=8 train_rl.py                         # any number of 
 import copy
 import math
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -31,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
-from models import (CLASSES, Config, check_classes, configure, fail, gather, image_size, is_statistics, print0, renoise,
-                    save, setup, writable)
+from models import (CLASSES, Config, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
+                    read_checkpoint, renoise, save, setup, writable, write)
 from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
 from sample import (Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
@@ -44,6 +45,9 @@ real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their s
 out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
 json = "" # also write the table before / after to this file
 seed = 0 # of rollouts; evaluation has its own stream
+resume = False # go on with the run in OUT; torchrun's restarts do so by themselves
+changed = False # resume although options differ from those of the run in OUT
+save_every = 10 # iterations between two states to resume from
 # what is drawn
 iters = 110 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
@@ -197,8 +201,14 @@ class ImageCredit:
     def fd(self):
         return self.reference.value
 
+    def state_dict(self):
+        return dict(reference=self.reference.state_dict())
 
-class SampleCredit:
+    def load_state_dict(self, state):
+        self.reference.load_state_dict(state["reference"])
+
+
+class SampleCredit(ImageCredit):
     """The contrast: the classifier's log-probability of each image's label. The distance of the set is only watched."""
     def __init__(self, reference, heads):
         self.reference, self.heads, self.checks = reference, heads, {}
@@ -208,10 +218,6 @@ class SampleCredit:
         log_p = self.heads(features)[:, :CLASSES].double().log_softmax(1)
         reward = log_p.gather(1, labels[:, None])[:, 0]
         return normalize(reward, labels, bound), reward
-
-    @property
-    def fd(self):
-        return self.reference.value
 
 
 class SubsetCredit:
@@ -251,6 +257,14 @@ class SubsetCredit:
     @property
     def fd(self):
         return self.reference.value
+
+    def state_dict(self):
+        return dict(reference=self.reference.state_dict(), labels=self.labels, rng=self.rng.get_state())
+
+    def load_state_dict(self, state):
+        self.reference.load_state_dict(state["reference"])
+        self.labels = state["labels"]
+        self.rng.set_state(state["rng"])
 
 
 def advantages_of(reward_of, features, labels, c):
@@ -329,7 +343,7 @@ def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_cli
             clipped += share / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), grad_clip).item()
         if not math.isfinite(norm):
-            fail("the gradient is not finite; lower --lr or --noise", code=1)
+            break
         optimizer.step()
     return norm, clipped
 
@@ -350,13 +364,14 @@ def path_kl(model, states, velocities, labels, plan):
 def guard(model, params, start, probe, plan, kl_limit):
     """
     Take the step from `start` to the present params back, by halves, until its path KL is within the limit; it grows
-    with the square of the step. Returns the KL of what is left, in nats (None without noise), and the halvings.
+    with the square of the step. Returns the KL of what is left, in nats (None without noise), and the halvings. A KL
+    that is not finite is returned as it is.
     """
     if not len(plan.noisy):
         return None, 0
     kl = path_kl(model, *probe, plan)
     if not math.isfinite(kl):
-        fail("the path KL is not finite: the run diverged; lower --lr or --kl_limit", code=1)
+        return kl, 0
     halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / kl_limit, 4)))
     if halvings:
         torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
@@ -511,79 +526,205 @@ def begin(c, objective, plan, stored, draw, real, nets, params):
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
-def train(c, model, nets, real, plans, stored=None):
+def learn(c, ddp, course, states, velocities, mine, advantages, it):
+    """
+    The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so that
+    it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and the seconds.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    params = [p for p in ddp.parameters() if p.requires_grad]
+    clock, start = [time.perf_counter()], [p.detach().clone() for p in params]
+    rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
+    if course.objective == "ppo":
+        pairs = ppo_pairs(states, mine, advantages[rank::world], course.plan, c.times, rng, rank, world)
+        loss_of = lambda m, part, old: ppo_loss(m, part, old, course.plan, c.clip)
+    else:
+        pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, rng, rank, world)
+        loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
+    lr = course.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else course.lr
+    course.optimizer.param_groups[0]["lr"] = lr
+    norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
+    clock.append(time.perf_counter())
+
+    few = max(1, 64 // world)
+    probe = states[:, :few], velocities[:, :few], mine[:few]
+    kl, halvings = guard(ddp.module, params, start, probe, course.plan, c.kl_limit)
+    if not (math.isfinite(norm) and math.isfinite(kl or 0)):
+        torch._foreach_copy_([p.detach() for p in params], start)
+    clock.append(time.perf_counter())
+    return dict(kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr), [
+        ("update", clock[1] - clock[0]), ("guard", clock[2] - clock[1])]
+
+
+def train(c, model, nets, real, plans, stop, stored=None):
     """
     The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
-    OUT/log.jsonl. The reference set is drawn, or known by its `stored` Moments. Returns the average of the model's
-    weights (a model), the images drawn, and the seconds spent by phase.
+    OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored` Moments. An
+    iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
+    state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     draw = lambda first, plan: draw_features(model, nets, first, c.reference, plan, c.seed, c.batch_size, device)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)      # one copy of the gradients, not two
     params = [p for p in model.parameters() if p.requires_grad]
 
-    # The reference sets are drawn by the base, with the first images of the training stream, unless stored.
-    count = 0 if stored else c.reference
-    courses = [begin(c, objective, plan, stored, lambda: draw(i * count, plan), real, nets, params)
+    # The reference sets are drawn by the base, with the first images of the training stream, unless they are known.
+    state, count = read_state(c) if c.resume else None, 0 if stored else c.reference
+    blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
+    courses = [begin(c, objective, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
                for i, (objective, plan) in enumerate(plans.items())]
-    drawn, turns = len(courses) * count, [0] * len(courses)
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
-    log = open(os.path.join(c.out, "log.jsonl"), "w") if rank == 0 else None
-    phases = defaultdict(float)
+    at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
+    if state:
+        at = state["at"]
+        model.model.load_state_dict(state["model"])
+        average.model.load_state_dict(state["average"])
+        for course, kept in zip(courses, state["courses"]):
+            course.optimizer.load_state_dict(kept["optimizer"])
+            course.reward_of.load_state_dict(kept["reward"])
+        print0(f"resumed at iteration {at['it']}")
+    log = Log(c.out, at["log"]) if rank == 0 else None
 
-    for it in tqdm(range(c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
+    def keep():
+        parts = [dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict()) for course in courses]
+        if rank == 0:
+            at["log"] = log.position()
+            write(os.path.join(c.out, "state.pt"), dict(config=of_the_run(c), at=at, model=model.model.state_dict(),
+                  average=average.model.state_dict(), courses=parts), previous=os.path.join(c.out, "state.previous.pt"))
+
+    stop.patient = True
+    for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
-        forward_turn = c.objective == "both" and it % c.forward_every == c.forward_every - 1
-        objective, plan, reward_of, optimizer, lr = courses[forward_turn]
-        if c.refresh and turns[forward_turn] and turns[forward_turn] % c.refresh == 0:
-            reward_of.push(*draw(drawn, plan))
-            drawn += c.reference
-        turns[forward_turn] += 1
+        turn = int(c.objective == "both" and it % c.forward_every == c.forward_every - 1)
+        course = courses[turn]
+        if c.refresh and at["turns"][turn] and at["turns"][turn] % c.refresh == 0:
+            course.reward_of.push(*draw(at["drawn"], course.plan))
+            at["drawn"] += c.reference
+        at["turns"][turn] += 1
 
         # Every rank draws its share, and sees the features of all.
-        indices = torch.arange(drawn, drawn + c.batch)
+        indices = torch.arange(at["drawn"], at["drawn"] + c.batch)
         labels = indices.to(device) % model.num_classes
         mine = labels[rank::world]
-        states, velocities = roll_out(model, indices[rank::world], mine, plan, c.seed, c.batch_size)
-        drawn += c.batch
+        states, velocities = roll_out(model, indices[rank::world], mine, course.plan, c.seed, c.batch_size)
+        at["drawn"] += c.batch
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
-        advantages, reward = advantages_of(reward_of, features, labels, c)
-        if c.credit == "subset" and not c.refresh:
-            reward_of.push(features, labels)
+        row, finite, seconds = dict(it=it, objective=course.objective), bool(features.isfinite().all()), []
+        if finite:
+            advantages, reward = advantages_of(course.reward_of, features, labels, c)
+            if c.credit == "subset" and not c.refresh:
+                course.reward_of.push(features, labels)
+            row |= {"fd" if c.reward == "sample" else c.reward: course.reward_of.fd, "reward": reward.mean().item(),
+                    "reward_std": reward.std().item(), **course.reward_of.checks}
         clock.append(time.perf_counter())
+        if finite:
+            learned, seconds = learn(c, ddp, course, states, velocities, mine, advantages, it)
+            row |= learned
+            finite = math.isfinite(row["grad_norm"]) and math.isfinite(row["kl"] or 0)
+        if finite:
+            with torch.no_grad():
+                torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
+        at.update(it=it + 1, skipped=at["skipped"] + (not finite), in_a_row=0 if finite else at["in_a_row"] + 1)
 
-        # All randomness of the update is drawn for the whole batch, so that it does not depend on the ranks.
-        rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        if objective == "ppo":
-            pairs = ppo_pairs(states, mine, advantages[rank::world], plan, c.times, rng, rank, world)
-            loss_of = lambda m, part, old: ppo_loss(m, part, old, plan, c.clip)
-        else:
-            pairs = forward_pairs(model, states, mine, advantages[rank::world], c.times, rng, rank, world)
-            loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
-        lr = lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else lr
-        optimizer.param_groups[0]["lr"] = lr
-        start = [p.detach().clone() for p in params]
-        norm, clipped = update(ddp, optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
-        clock.append(time.perf_counter())
+        seconds = dict([("rollout", clock[1] - clock[0]), ("reward", clock[2] - clock[1]), *seconds])
+        if rank == 0:
+            log.write(dict(row, skipped=at["skipped"], images=at["drawn"]), seconds, c)
+        if at["in_a_row"] == 5:
+            fail(f"5 iterations in a row had features, a gradient or a path KL that are not finite; the last good state is "
+                 f"{os.path.join(c.out, 'state.pt')}: go on with a lower --lr by --resume --changed", code=1)
+        number = torch.tensor(stop.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number or at["it"] == c.iters or at["it"] % c.save_every == 0:
+            keep()
+        if number:
+            print0(f"stopped by {signal.Signals(number.item()).name} after {at['it']} iterations; go on with --resume")
+            raise SystemExit(128 + number.item())
+    stop.patient = False
+    return average.eval(), at["drawn"], log
 
-        few = max(1, 64 // world)
-        probe = states[:, :few], velocities[:, :few], mine[:few]
-        kl, halvings = guard(model, params, start, probe, plan, c.kl_limit)
-        with torch.no_grad():
-            torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
-        clock.append(time.perf_counter())
 
-        seconds = dict(zip(("rollout", "reward", "update", "guard"), (b - a for a, b in zip(clock, clock[1:]))))
+# ---- What a run leaves behind --------------------------------------------------------------------------------------
+
+# Options that a resumed run may change without being told: they are not of the training.
+FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "num_prdc", "eval_full")
+
+
+def of_the_run(c):
+    return {name: value for name, value in c.items() if name not in FREE}
+
+
+def read_state(c):
+    """The newest whole state in OUT, or None; options that differ from those it was made with end the script."""
+    for name in ("state.pt", "state.previous.pt"):
+        path = os.path.join(c.out, name)
+        if not os.path.isfile(path):
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:              # a file that was cut short can raise anything
+            print0(f"note: {path} is cut short or damaged ({type(e).__name__}); trying the state before it")
+            continue
+        odd = [f"{k}={state['config'].get(k)}, now {v}" for k, v in of_the_run(c).items() if state["config"].get(k) != v]
+        if odd and not c.changed:
+            fail(f"the run in {c.out} has {'; '.join(odd)}: repeat its options, or add --changed")
+        return state
+    print0(f"note: {c.out} holds no state to resume from; starting from the beginning")
+    return None
+
+
+def judged_before(c):
+    """The rows of the base that the run in OUT judged with the same options, or None."""
+    path = os.path.join(c.out, "before.pt")
+    if c.resume and os.path.isfile(path):
+        kept = read_checkpoint(path)
+        if kept.get("config") == dict(c, resume=False):
+            return kept["rows"]
+    return None
+
+
+class Log:
+    """
+    OUT/log.jsonl, a line per iteration, which is the same however often a run is stopped and resumed (from `position`,
+    in bytes), and OUT/times.jsonl, which is not. Every twentieth line is shown.
+    """
+    def __init__(self, out, position):
+        self.path, self.phases = os.path.join(out, "log.jsonl"), defaultdict(float)
+        self.file = open(self.path, "r+b" if position else "wb")
+        if self.file.seek(0, os.SEEK_END) < position:
+            fail(f"{self.path} is shorter than the state beside it says; start again without --resume", code=1)
+        self.file.seek(position)
+        self.file.truncate()
+        self.times = open(os.path.join(out, "times.jsonl"), "a" if position else "w")
+
+    def position(self):
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def write(self, row, seconds, c):
+        total = sum(seconds.values())
+        try:
+            self.file.write(dumps(row).encode() + b"\n")
+            self.file.flush()
+            print(dumps(dict(it=row["it"], images_per_second=c.batch / total, seconds=seconds)), file=self.times, flush=True)
+        except OSError as e:
+            fail(f"cannot write {self.path} ({e.strerror}); the last good state is "
+                 f"{os.path.join(c.out, 'state.pt')}", code=1)
         for phase, s in seconds.items():
-            phases[phase] += s
-        report(log, it % max(1, c.iters // 20) == 0 or it == c.iters - 1, dict(
-            it=it, objective=objective, **{"fd" if c.reward == "sample" else c.reward: reward_of.fd},
-            reward=reward.mean().item(), reward_std=reward.std().item(), **reward_of.checks, kl=kl, halvings=halvings,
-            clipped=clipped, grad_norm=norm, lr=lr, images=drawn, images_per_second=c.batch / (clock[-1] - clock[0]),
-            seconds=seconds), c.iters)
-    return average.eval(), drawn, phases
+            self.phases[phase] += s
+        if "grad_norm" not in row:
+            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  skipped: features are not finite")
+        elif row["it"] % max(1, c.iters // 20) == 0 or row["it"] == c.iters - 1:
+            kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
+            distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
+            checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
+            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  {distance}  reward {row['reward']:+.1e} "
+                       f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
+                       f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
+                       + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
+        if row["it"] == 0:
+            tqdm.write(f"first iteration {total:.1f} s: all {c.iters} in about {total * c.iters / 60:.1f} minutes")
 
 
 def memory_estimate(c, model, net, courses, world):
@@ -597,26 +738,14 @@ def memory_estimate(c, model, net, courses, world):
     return f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'} beside activations"
 
 
-def report(log, show, row, iters):
-    """One line of log.jsonl, and of the screen if `show`; on rank 0, where log is a file. The first tells the time."""
-    if log is None:
-        return
-    log.write(dumps(row) + "\n")
-    log.flush()
-    if show:
-        kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
-        distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
-        checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
-        tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  {distance}  reward {row['reward']:+.1e} "
-                   f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
-                   f"grad {row['grad_norm']:.1e}  {row['images_per_second']:6.0f} images/s")
-    if row["it"] == 0:
-        seconds = sum(row["seconds"].values())
-        tqdm.write(f"first iteration {seconds:.1f} s: all {iters} in about {seconds * iters / 60:.1f} minutes")
-
-
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    c["resume"] = c.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"      # torchrun --max_restarts
+    with Stop() as stop:
+        run(c, stop)
+
+
+def run(c, stop):
     rank, world, device = setup()
     began = time.time()
     check(c, world)
@@ -663,17 +792,20 @@ def main(argv=None):
         if real_floor and real_floor[judges[0].name].num < c.num:
             print0(f"note: no floor, as {c.real} has {real_floor[judges[0].name].num} real images for it, not {c.num}")
             floors = dict.fromkeys(floors)
-        before, images = judge_model(model, judges, real_report, floors, samplers, c)
-        if rank == 0:
-            save_grid(os.path.join(c.out, "before.png"), images)
+        before = judged_before(c)
+        if before is None:
+            before, images = judge_model(model, judges, real_report, floors, samplers, c)
+            if rank == 0:
+                save_grid(os.path.join(c.out, "before.png"), images)
+                write(os.path.join(c.out, "before.pt"), dict(config=dict(c, resume=False), rows=before))
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
-    average, drawn, phases = train(c, model, nets, real_train, plans, stored)
+    average, drawn, log = train(c, model, nets, real_train, plans, stop, stored)
     if rank == 0:
-        save(os.path.join(c.out, "ckpt.pt"), average.model, config=dict(c))
-    print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
-        f"{phase} {s:.1f} s ({s / sum(phases.values()):.1%})" for phase, s in phases.items()))
+        save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
+        print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
+            f"{phase} {s:.1f} s ({s / sum(log.phases.values()):.1%})" for phase, s in log.phases.items()))
     if not c.num:
         print0(f"wrote {os.path.join(c.out, 'ckpt.pt')} and log.jsonl")
         return
