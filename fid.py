@@ -29,7 +29,7 @@ from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, ga
                     is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
                     writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import generate, image_seeds, load_guided, schedule
+from sample import NOISE, generate, image_seeds, load_guided, schedule
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -43,8 +43,8 @@ num_real = 50000 # real images of the tiny world that are compared with; a folde
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
 sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
-noise = 1.2 # noise level of the sampler
-last = 0.0 # length of its last step; 0: the form's own
+noise = 0.0 # noise level of the sampler; 0: 1.2 for SiT, 0.7 for EDM2
+last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
@@ -483,7 +483,7 @@ def evaluate(model, nets, real, num, sampler="", steps=10, noise=1.2, last=0.0, 
             fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}")
     indices = torch.arange(num)[rank::world]
     labels = indices % model.num_classes
-    sampler = schedule(sampler, steps, noise, last, model.family).sampler
+    sampler = schedule(sampler, steps, noise, last, model.sigmas).sampler
     batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, 1.0, batch_size, noise, last)
     bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
                disable=rank > 0 or None, leave=False)
@@ -553,7 +553,8 @@ def main(argv=None):
 
     model = None if c.images else load_guided(c, device)
     if model:
-        schedule(c.sampler, c.steps, c.noise, c.last, model.family)     # better to know before the real images are read
+        noise = c.noise or NOISE[model.family]
+        schedule(c.sampler, c.steps, noise, c.last, model.sigmas)       # better to know before the real images are read
         check_classes(c.real, model.num_classes)
     size = image_size(model) if model else None
     real_set = real_summaries(c.real, [net], role, c.num_prdc, num_real, device, size)
@@ -562,7 +563,7 @@ def main(argv=None):
         fake = images_summary(c.images, c.num, c.num_prdc, net, device)
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
     else:
-        row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, c.noise, c.last,
+        row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, noise, c.last,
                        c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")

@@ -158,7 +158,7 @@ def position_table(width, grid):
 
 class SiT(nn.Module):
     """Ma et al. 2024, with official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
-    family = "sit"
+    family, sigmas = "sit", None
 
     def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False):
         super().__init__()
@@ -203,7 +203,7 @@ def init_sit(model):
 # ---- EDM2 -----------------------------------------------------------------------------------------------------------
 
 EDM2_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=8, channel_mult=[1, 2, 4],
-                 channel_mult_noise=4, num_blocks=1, attn_resolutions=[4], channels_per_head=16)
+                 channel_mult_noise=4, num_blocks=1, attn_resolutions=[4], channels_per_head=16, sigmas=[0.1, 10.0])
 
 
 def normalize(x, dim, eps=1e-4):
@@ -353,14 +353,16 @@ class EDM2(nn.Module):
     Karras et al. 2024, with official parameter names and arguments; those the official file leaves out have its
     defaults. x (B, C, H, W), sigma (B,), y (B,) => denoised like x. The plain float32 network: weights stored in
     float16 are cast first, where the official code rounds the quotient of a float16 gain (a difference of 1e-4).
+    sigmas: the noise levels at which samplers begin their last and their first step; not in official files.
     """
     family = "edm2"
 
-    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128, sigmas=(0.002, 80.0),
+                 **unet):
         super().__init__()
         self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
-                                sigma_data=sigma_data, logvar_channels=logvar_channels, **unet)
-        self.shape = (img_channels, img_resolution, img_resolution)
+                                sigma_data=sigma_data, logvar_channels=logvar_channels, sigmas=sigmas, **unet)
+        self.shape, self.sigmas = (img_channels, img_resolution, img_resolution), sigmas
         self.num_classes, self.sigma_data = label_dim or 1, sigma_data      # without labels all images are of one class
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
         self.logvar_fourier = MPFourier(logvar_channels)                    # kept for the file, used by nothing here

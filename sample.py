@@ -31,8 +31,8 @@ vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-
 num = 100 # images to draw
 sampler = "" # SiT: flow, sigma, linear, constant, sbdm, decreasing, increasing-decreasing, euler, heun; EDM2: heun, euler, ancestral; empty: the first
 steps = 10 # steps of the sampler: network evaluations, two each for heun
-noise = 1.2 # noise level: multiplies the form's diffusion by its square, and ancestral's std; 0 is the ODE
-last = 0.0 # SiT: length of the noise-free last step; 0: the form's own (1/steps for flow, 0.04 for SiT's)
+noise = 0.0 # noise level: multiplies the form's diffusion by its square, and ancestral's std; 0: 1.2 for SiT, 0.7 for EDM2
+last = 0.0 # noise-free last step: its length (0: 1/steps for flow, 0.04 for SiT's forms), or sigma at its start (EDM2)
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
 guide = "" # autoguidance: a weaker network in place of the null class, named like ckpt
@@ -62,7 +62,8 @@ FORMS = {
 
 
 SAMPLERS = {"sit": (*FORMS, "euler", "heun"), "edm2": ("heun", "euler", "ancestral")}    # the first is the default
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7      # EDM2's noise levels
+NOISE = {"sit": 1.2, "edm2": 0.7}
+RHO = 7                                         # of EDM2's noise levels
 
 
 class Schedule(NamedTuple):
@@ -87,10 +88,12 @@ class Schedule(NamedTuple):
         return self.c**2 / (2 * self.std**2)
 
 
-def schedule(sampler, steps, noise=1.0, last=0.0, family="sit", churn=(0.0, 0.0, math.inf, 1.0)):
+def schedule(sampler, steps, noise=1.0, last=0.0, sigmas=None, churn=(0.0, 0.0, math.inf, 1.0)):
     """
-    The table of a sampler ('': the family's first). churn is EDM2's (S_churn, S_min, S_max, S_noise), for heun.
+    The table of a sampler ('': the family's first) of SiT or, given the noise levels that it starts its last and its
+    first step from, of EDM2. churn is (S_churn, S_min, S_max, S_noise), for EDM2's heun.
     """
+    family = "edm2" if sigmas else "sit"
     sampler = sampler or SAMPLERS[family][0]
     if sampler not in sum(SAMPLERS.values(), ()):
         fail(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS['sit'])}, or for EDM2 ancestral")
@@ -102,7 +105,10 @@ def schedule(sampler, steps, noise=1.0, last=0.0, family="sit", churn=(0.0, 0.0,
         fail(f"S_churn {churn[0]} is for EDM2's heun, not for {sampler}")
     if noise < 0 or churn[0] < 0:
         fail(f"noise {noise} and S_churn {churn[0]} must not be negative")
-    rows = edm2_rows(sampler, steps, noise, last, churn) if family == "edm2" else sit_rows(sampler, steps, noise, last)
+    if sigmas:
+        rows = edm2_rows(sampler, steps, noise, last or sigmas[0], sigmas[1], churn)
+    else:
+        rows = sit_rows(sampler, steps, noise, last)
     return Schedule(sampler, *torch.tensor(rows, dtype=torch.float32).T)
 
 
@@ -128,15 +134,15 @@ def sit_rows(sampler, steps, noise, last):
     return rows
 
 
-def edm2_rows(sampler, steps, noise, last, churn):
+def edm2_rows(sampler, steps, noise, last, first, churn):
     """
     Karras et al. 2022, eq. 5 and algorithm 2: from sigma to the next, x + (x - D) / sigma (down - sigma) is linear in x
     and the denoised D. ancestral goes down further and comes back by noise; the last step ends at D.
     """
-    if last:
-        fail(f"last {last} is for SiT; EDM2's last step begins at sigma {SIGMA_MIN}")
+    if not 0 < last < first:
+        fail(f"last {last} must lie between 0 and the first noise level, {first}")
     S_churn, S_min, S_max, S_noise = churn
-    sigmas = np.linspace(SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO), steps) ** RHO
+    sigmas = np.linspace(first ** (1 / RHO), last ** (1 / RHO), steps) ** RHO
     rows = []
     for low, end in zip(sigmas, np.append(sigmas[1:], 0.0)):
         sigma = low * (1 + min(S_churn / steps, math.sqrt(2) - 1) * (S_min <= low <= S_max))
@@ -235,7 +241,7 @@ def trajectory(model, seeds, labels, plan):
         return torch.stack([torch.randn(model.shape, generator=g) for g in generators]).to(device)
 
     edm2 = model.family == "edm2"
-    x = randn() * SIGMA_MAX if edm2 else randn()
+    x = randn() * model.sigmas[1] if edm2 else randn()
     for k, (t, end) in enumerate(zip(plan.t.tolist(), plan.end.tolist())):
         if plan.kick[k] > 0:
             x = x + plan.kick[k].to(device) * randn()
@@ -272,7 +278,7 @@ def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_siz
     model = model if cfg == 1.0 else Guided(model, cfg)
     device = next(model.parameters()).device
     labels = torch.arange(len(seeds)) % model.num_classes if labels is None else labels
-    plan = schedule(sampler, steps, noise, last, model.family, churn)
+    plan = schedule(sampler, steps, noise, last, model.sigmas, churn)
     for i in range(0, len(seeds), batch_size):
         for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan):
             pass
@@ -296,8 +302,8 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     rank, world, device = setup()
     model = load_guided(c, device)
-    churn = c.S_churn, c.S_min, c.S_max, c.S_noise
-    plan = schedule(c.sampler, c.steps, c.noise, c.last, model.family, churn)
+    noise, churn = c.noise or NOISE[model.family], (c.S_churn, c.S_min, c.S_max, c.S_noise)
+    plan = schedule(c.sampler, c.steps, noise, c.last, model.sigmas, churn)
     if c.num < world or c.batch_size < 1:
         fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
     if not -1 <= c.label < model.num_classes:
@@ -311,7 +317,7 @@ def main(argv=None):
     labels = labels if c.label < 0 else torch.full_like(labels, c.label)
 
     began = time.time()
-    batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, c.noise, c.last, churn)
+    batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, noise, c.last, churn)
     bar = tqdm(batches, total=-(-len(indices) // c.batch_size), unit="batch", disable=rank > 0 or None)
     images = gather(torch.cat(list(bar)), c.num)
     seconds = time.time() - began

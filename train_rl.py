@@ -53,8 +53,8 @@ iters = 110 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
-noise = 1.2 # its noise level
-last = 0.0 # length of its last step; 0: the form's own
+noise = 0.0 # its noise level; 0: 1.2 for SiT, 0.7 for EDM2
+last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
@@ -99,8 +99,8 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", rollout="euler", lr=1e-4, lr_forward=3e-5),
-            "edm2": dict(sampler="ancestral", rollout="heun", lr=1e-3, lr_forward=3e-4)}
+FAMILIES = {"sit": dict(sampler="flow", noise=1.2, rollout="euler", lr=1e-4, lr_forward=3e-5),
+            "edm2": dict(sampler="ancestral", noise=0.7, rollout="heun", lr=1e-3, lr_forward=3e-4)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -753,7 +753,7 @@ def run(c, stop):
     c = Config(c, **{name: c[name] or value for name, value in FAMILIES[model.family].items()})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.family)
+    plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
              for objective, name in (("ppo", c.sampler), ("forward", c.rollout)) if c.objective in (objective, "both")}
     if "ppo" in plans and not len(plans["ppo"].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
