@@ -495,7 +495,7 @@ def main(argv=None):
     sampler_of = {"sit": "euler", "edm2": "heun"}[guided.family]
     c = Config(c, sampler=c.sampler or sampler_of)
     c = Config(c, steps=c.steps or (5 if c.sampler == "heun" else 10))
-    schedule(c.sampler, c.steps, c.noise, 0.0, guided.family)
+    schedule(c.sampler, c.steps, c.noise, 0.0, guided.sigmas)
     check_classes(c.real, guided.num_classes)
     basis = Basis(paths, c.per, guided)
     G, K = len(basis.groups), len(paths)

@@ -35,7 +35,7 @@ from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, re
 from models import (CLASSES, Config, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
                     read_checkpoint, renoise, save, setup, writable, write)
 from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
-from sample import (Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
+from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
 
 # -----------------------------------------------------------------------------
@@ -53,7 +53,7 @@ iters = 110 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
-noise = 0.0 # its noise level; 0: 1.2 for SiT, 0.7 for EDM2
+noise = 0.0 # its noise level; 0: 0.9 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
@@ -99,8 +99,8 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", noise=1.2, rollout="euler", lr=1e-4, lr_forward=3e-5),
-            "edm2": dict(sampler="ancestral", noise=0.7, rollout="heun", lr=1e-3, lr_forward=3e-4)}
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout="euler", lr=1e-4, lr_forward=3e-5),
+            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout="heun", lr=1e-3, lr_forward=3e-4)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
