@@ -55,7 +55,7 @@ reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-pro
 features = ["tiny"] # feature networks of the reward; the changes of several are summed, each over its present distance
 credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
-reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
+reference = 2000 # images of the generated reference set: its size (subset, kid, mmd), or its start (image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
