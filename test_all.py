@@ -1172,7 +1172,7 @@ def test_train_rl_as_typed(tmp_path):
     ["--objective=ppo"], ["--credit=subset", "--subset=10"],
     ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
     ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
-    ["--reward=kid"], ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
+    ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])

@@ -67,7 +67,7 @@ features = ["tiny"] # feature networks of the reward; the changes of several are
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
-reference = 2000 # images of the generated reference set: its size (subset), or its start (image)
+reference = 2000 # images of the generated reference set: its size (subset, kid, mmd), or its start (image)
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
