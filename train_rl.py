@@ -49,7 +49,7 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 110 # rollouts, each with `epochs` updates
+iters = 50 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
@@ -76,7 +76,7 @@ top = 1.0 # train on this share of the images (or subsets), those with the large
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
 objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
-forward_every = 3 # one iteration in so many is the forward objective's (objective=both)
+forward_every = 2 # one iteration in so many is the forward objective's (objective=both)
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
@@ -512,7 +512,7 @@ def begin(c, objective, plan, stored, draw, real, nets, params):
             parts.append(KernelSet(f, known.features, gaussian_kernel(known.features)))
         elif c.credit == "image":
             stream = Stream(f, known.mu, known.cov, long_enough(c.memory, c.batch, max(nets.dims)))
-            parts.append(stream.set(stored.copy()) if stored else stream)
+            parts.append(stream.set(copy.copy(stored)) if stored else stream)
         else:
             parts.append(ReferenceSet(f[dist.get_rank()::dist.get_world_size()], known.mu, known.cov, sharded=True))
     reference = SumSet(parts, nets.dims) if len(parts) > 1 else parts[0]
