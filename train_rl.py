@@ -9,7 +9,7 @@ mmd put another distance in place of FD; --reward=sample is the contrast, a clas
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
 
-python train_rl.py                                              # tiny model, four minutes on two CPU cores
+python train_rl.py                                              # tiny model, minutes on two CPU cores
 python train_rl.py --ckpt=edm2-tiny                             # the same for EDM2
 python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after python models.py --real FOLDER
 python train_rl.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real stats.npz --judges inception
