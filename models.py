@@ -240,7 +240,7 @@ class MPFourier(nn.Module):
 
 class MPConv(nn.Module):
     """
-    Convolution, or a linear layer if size is 0, by filters of unit norm: only the direction of the weight counts, eq. 66.
+    Convolution, or a linear layer if size is 0, by filters of unit norm: only a weight's direction counts, eq. 66.
     Without gradients the filters are computed once for each value of the weight. Its version tells of every write but
     one through .data, its sum of that one as well, so that a stale filter cannot be met.
     """
@@ -357,8 +357,8 @@ class EDM2(nn.Module):
     """
     family = "edm2"
 
-    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128, sigmas=(0.002, 80.0),
-                 **unet):
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
+                 sigmas=(0.002, 80.0), **unet):
         super().__init__()
         self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
                                 sigma_data=sigma_data, logvar_channels=logvar_channels, sigmas=sigmas, **unet)
@@ -627,7 +627,7 @@ def train_features(name, seed, updates=12000, batch=128):
 TRAINING_IMAGES = 200_000       # a fixed set: the tiny base cannot memorise it, and drawing it takes 15 seconds
 EMA_STDS = (0.05, 0.10)         # lengths of the two tracked averages, as a share of the training so far
 BASE_EMA = 0.05                 # the one that becomes the base
-SIGMA_MEAN, SIGMA_STD = -0.8, 1.6       # of ln sigma in EDM2's training
+SIGMA_MEAN, SIGMA_STD = -0.4, 1.2       # of ln sigma in EDM2's training
 
 
 def ema_exponent(std):
@@ -792,7 +792,9 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
 def refusal(e):
     """Why a file was refused, in a few words: the global it asked for, or the kind of damage."""
     asked = re.search(r"GLOBAL (\S+)", str(e))
-    return f"it asks for {asked[1]!r}, which is not run" if asked else f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
+    if asked:
+        return f"it asks for {asked[1]!r}, which is not run"
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
 
 
 def read_checkpoint(path):
@@ -842,7 +844,7 @@ def restore(x, done):
         kind = type(x).__name__
         if isinstance(x, (list, tuple)):
             found = type(x)(restore(v, done) for v in x)
-        elif kind in ("dict", "OrderedDict", "EasyDict"):
+        elif kind == "dict" or kind in ("OrderedDict", "EasyDict") and not x.args:
             found = {k: restore(v, done) for k, v in x.items()}
         elif kind in ("_reconstruct_persistent_obj", "_rebuild_parameter", "_rebuild_parameter_with_state"):
             found = restore(x.args[0], done)
@@ -899,8 +901,9 @@ def fetch(url):
     address, mark, wanted = url.partition("#")
     if mark and not re.fullmatch(r"sha256=[0-9a-f]{64}", wanted):
         fail(f"{url}: behind # needed is sha256= and 64 hexadecimal digits")
-    name = f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{os.path.basename(address)}"
-    path = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "distribution-wise-rewards", name)
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{os.path.basename(address.split('?')[0])}"
+    path = os.path.join(folder, "distribution-wise-rewards", name)
     if not os.path.isfile(path) and os.environ.get("LOCAL_RANK", "0") == "0":
         writable(path)
         try:
@@ -945,13 +948,14 @@ def load(path="", device="cpu"):
             edm2 = "init_kwargs" in parts
             model = edm2_like(state, parts["init_kwargs"]) if edm2 else sit_like(state, parts.get("heads"))
         wanted = model.state_dict()
-        wrong = {"lacks": wanted.keys() - state.keys(), "does not know": state.keys() - wanted.keys(),
-                 "has another shape for": {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}}
+        misshapen = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
+        wrong = {"lacks": wanted.keys() - state.keys(), "has unknown": state.keys() - wanted.keys(),
+                 "has in another shape": misshapen}
         said = [f"{verb} {', '.join(sorted(keys)[:3])} ({len(keys)} in all)" for verb, keys in wrong.items() if keys]
         if said:
             raise ValueError("; ".join(said))
         model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
-    except Exception as e:                  # what a file holds in place of sizes can raise anything
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
         said = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
         fail(f"{path} is no SiT or EDM2 of this version: {said}", code=1)
     return model.to(device).eval()

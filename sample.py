@@ -29,9 +29,9 @@ from models import STREAMS, attach_vae, configure, fail, gather, load, print0, s
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 num = 100 # images to draw
-sampler = "" # SiT: flow, sigma, linear, constant, sbdm, decreasing, increasing-decreasing, euler, heun; EDM2: heun, euler, ancestral; empty: the first
+sampler = "" # SiT: flow (or any other of FORMS below), euler, heun; EDM2: heun, euler, ancestral; empty: the first
 steps = 10 # steps of the sampler: network evaluations, two each for heun
-noise = 0.0 # noise level: multiplies the form's diffusion by its square, and ancestral's std; 0: 0.9 for SiT, 0.7 for EDM2
+noise = 0.0 # noise level: its square times the form's diffusion, itself times ancestral's std; 0: 0.9 SiT, 0.7 EDM2
 last = 0.0 # noise-free last step: its length (0: 1/steps for flow, 0.04 for SiT's forms), or sigma at its start (EDM2)
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
@@ -206,7 +206,8 @@ def load_guided(c, device):
     model, guide = attach_vae(load(c.ckpt, device), c.vae), None
     if c.guide:
         guide = load(c.guide, device).requires_grad_(False)
-        if (guide.family, guide.shape) != (model.family, model.shape) or guide.num_classes not in (1, model.num_classes):
+        fits = (guide.family, guide.shape) == (model.family, model.shape)
+        if not fits or guide.num_classes not in (1, model.num_classes):
             fail(f"guide {c.guide} is {guide.family} for {guide.shape} and {guide.num_classes} classes; "
                  f"needed are {model.family}, {model.shape} and {model.num_classes}, or none", code=1)
     return Guided(model, c.guidance if c.guide else c.cfg, c.cfg_channels, guide)

@@ -1619,8 +1619,8 @@ def test_sit_checkpoints_of_every_kind(tmp_path):
         torch.save(kind, path)
         assert all(torch.equal(v, state[k]) for k, v in models.load(str(path)).state_dict().items())
     wrong = {k.replace("blocks.2.attn.qkv.bias", "blocks.2.attn.qkv.bais"): v for k, v in state.items()}
-    table = [(wrong, ["lacks blocks.2.attn.qkv.bias (1 in", "does not know blocks.2.attn.qkv.bais"]),
-             (dict(state, pos_embed=state["pos_embed"][:, :, :32]), ["another shape for pos_embed"]),
+    table = [(wrong, ["lacks blocks.2.attn.qkv.bias (1 in", "has unknown blocks.2.attn.qkv.bais"]),
+             (dict(state, pos_embed=state["pos_embed"][:, :, :32]), ["another shape pos_embed"]),
              ({k: v for k, v in state.items() if "t_embedder" not in k}, ["lacks t_embedder.mlp.0.bias", "(4 in all)"]),
              ({k: v for k, v in state.items() if k != "pos_embed"}, ["no 'pos_embed'"]), ([1], ["no SiT"])]
     for bad, said in table:
