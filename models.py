@@ -1134,8 +1134,10 @@ def setup():
     """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        if "RANK" in os.environ:            # a restart must not find the addresses of those who died
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+            store = dist.PrefixStore("restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit

@@ -1902,6 +1902,24 @@ def test_what_is_not_finite_is_skipped(tmp_path, monkeypatch):
     assert "5 iterations in a row" in mistakes(train_rl, *argv)[1]
 
 
+def test_killed_process_is_resumed_by_torchrun(tmp_path):
+    """kill -9 of one of two ranks in mid-run: torchrun --max_restarts starts both again, and they go on."""
+    argv = ["train_rl.py", *SHORT, "--save_every=1"]
+    two = torchrun(2, *argv, "--out", tmp_path / "w")
+    assert two.returncode == 0, two.stderr[-2000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--",
+               *argv, "--out", str(tmp_path / "b")]
+    with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as agent:
+        while agent.poll() is None and not (tmp_path / "b" / "state.pt").exists():
+            time.sleep(0.02)
+        ranks = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        out, _ = agent.communicate(timeout=150)
+    assert agent.returncode == 0 and "resumed at iteration" in out, out[-2000:]
+    assert left(tmp_path / "b") == left(tmp_path / "w")
+
+
 def test_ranks_may_change_in_mid_run(tmp_path):
     """1 rank, 2 ranks, 1 rank: the same images and distances as on 1 rank all along."""
     argv = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10"]
