@@ -1,7 +1,7 @@
 """
 Truths, not calls: closed forms, invariances, independent implementations, and every command as a user types it.
 
-python -m pytest -q test_all.py                                 # about three minutes on two cores
+python -m pytest -q test_all.py                                 # about five minutes on two cores
 """
 import argparse
 import contextlib

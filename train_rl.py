@@ -587,7 +587,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
     log = Log(c.out, at["log"]) if rank == 0 else None
 
     def keep():
-        parts = [dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict()) for course in courses]
+        parts = [dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict())
+                 for course in courses]
         if rank == 0:
             at["log"] = log.position()
             write(os.path.join(c.out, "state.pt"), dict(config=of_the_run(c), at=at, model=model.model.state_dict(),
@@ -703,11 +704,13 @@ class Log:
         return self.file.tell()
 
     def write(self, row, seconds, c):
+        """The iteration's row and its seconds by phase."""
         total = sum(seconds.values())
         try:
             self.file.write(dumps(row).encode() + b"\n")
             self.file.flush()
-            print(dumps(dict(it=row["it"], images_per_second=c.batch / total, seconds=seconds)), file=self.times, flush=True)
+            timing = dict(it=row["it"], images_per_second=c.batch / total, seconds=seconds)
+            print(dumps(timing), file=self.times, flush=True)
         except OSError as e:
             fail(f"cannot write {self.path} ({e.strerror}); the last good state is "
                  f"{os.path.join(c.out, 'state.pt')}", code=1)
@@ -746,6 +749,7 @@ def main(argv=None):
 
 
 def run(c, stop):
+    """Judge, train, judge again: the script, with its options c and a Stop."""
     rank, world, device = setup()
     began = time.time()
     check(c, world)
