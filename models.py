@@ -47,7 +47,7 @@ out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file
 ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
 family = "sit" # network of a new base: sit, edm2
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
-images = 12_000_000 # images seen in pre-training, unless minutes says otherwise
+images = 6_000_000 # images seen in pre-training, unless minutes says otherwise
 batch_size = 256 # images per pre-training update
 lr = 6e-3 # Adam
 lr_matrices = 0.02 # Muon, for the matrices of SiT's blocks
@@ -1224,7 +1224,7 @@ def main(argv=None):
             row = evaluate(model, [net], judged, num, steps=steps, num_prdc=num, stream="select")["tiny2"]
             print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se'] or math.nan:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
-            if make_assets and eighth % 2 == 0:
+            if make_assets and eighth > 4:             # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
