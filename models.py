@@ -3,7 +3,7 @@ Everything with weights: SiT, EDM2, the VAE decoder, the tiny world (procedural 
 feature networks and the training of them all), loading and saving, and, in the last section, the plumbing that every
 script shares.
 
-python models.py                                                # feature nets and the tiny SiT again (two hours)
+python models.py                                                # all of assets/ again: feature nets, both bases (hours)
 python models.py --only=base --family=edm2                      # the tiny EDM2
 python models.py --real FOLDER --out base.pt --minutes 10       # a tiny base for your own images
 python models.py --ckpt sit-tiny --out more.pt --minutes 3      # more pre-training, the plainest rival of RL
@@ -45,11 +45,11 @@ from tqdm import tqdm
 real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
 out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file, for example base.pt
 ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
-family = "sit" # network of a new base: sit, edm2
+family = "" # network of a new base: sit, edm2; empty: one after the other (tiny world), sit (a folder)
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
-images = 6_000_000 # images seen in pre-training, unless minutes says otherwise
-batch_size = 256 # images per pre-training update
-lr = 6e-3 # Adam
+images = 0 # images seen in pre-training, unless minutes says otherwise; 0: 6 M for SiT, 1.6 M for EDM2
+batch_size = 0 # images per pre-training update; 0: 256 for SiT, 128 for EDM2
+lr = 0.0 # Adam; 0: 6e-3 for SiT, 1e-2 for EDM2
 lr_matrices = 0.02 # Muon, for the matrices of SiT's blocks
 lr_knee = 500_000 # images after which both learning rates fall as 1/sqrt(images)
 resume = False # go on from the state beside the base (OUT.state), perhaps with more --images or --minutes
@@ -627,6 +627,8 @@ def train_features(name, seed, updates=12000, batch=128):
 TRAINING_IMAGES = 200_000       # a fixed set: the tiny base cannot memorise it, and drawing it takes 15 seconds
 EMA_STDS = (0.05, 0.10)         # lengths of the two tracked averages, as a share of the training so far
 BASE_EMA = 0.05                 # the one that becomes the base
+PRETRAINING = {"sit": dict(images=6_000_000, batch_size=256, lr=6e-3),
+               "edm2": dict(images=1_600_000, batch_size=128, lr=1e-2)}
 SIGMA_MEAN, SIGMA_STD = -0.4, 1.2       # of ln sigma in EDM2's training
 
 
@@ -1165,20 +1167,21 @@ def print0(*args):
 
 
 def main(argv=None):
-    from fid import evaluate, feature_net, real_summaries
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if c.only not in ("all", "features", "base"):
         fail(f"only {c.only!r}: choose all, features or base")
-    if c.family not in ("sit", "edm2") or (c.ckpt and "family" in c.given):
+    if c.family not in ("", *PRETRAINING) or (c.ckpt and c.family):
         fail(f"family {c.family!r}: choose sit or edm2 for a new base; with --ckpt leave it out")
-    if min(c.images, c.batch_size) < 1 or min(c.minutes, c.lr, c.lr_knee) < 0:
+    if min(c.images, c.batch_size, c.minutes, c.lr, c.lr_knee) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}: "
-             "none may be negative, images and batch_size at least 1")
+             "none may be negative")
     make_assets = c.real == "tiny" and not c.ckpt
     if not make_assets and not c.out.endswith(".pt"):
         fail(f"--out={c.out}: this makes one base, so one file is needed, for example --out base.pt")
-    path = os.path.join(c.out, f"{c.family}-tiny.pt") if make_assets else c.out
-    writable(path)
+    families = [c.family] if c.family else list(PRETRAINING) if make_assets else ["sit"]
+    paths = [os.path.join(c.out, f"{family}-tiny.pt") if make_assets else c.out for family in families]
+    for path in paths:
+        writable(path)
     setup()
 
     # The tiny world's base is judged by tiny2, so the feature networks come first.
@@ -1187,9 +1190,15 @@ def main(argv=None):
             net, found = train_features(name, net_seed)
             print(found)
             write(os.path.join(c.out, f"features-{name}.pt"), dict(model=net.state_dict(), found=found))
-    if c.only == "features":
-        return
+    if c.only != "features":
+        for family, path in zip(families, paths):
+            make_base(c, family, path, make_assets)
 
+
+def make_base(c, family, path, make_assets):
+    """Pre-train a base of this family (or go on with --ckpt), judged at every eighth; writes `path`, as an asset also
+    its snapshots."""
+    from fid import evaluate, feature_net, real_summaries
     if c.real == "tiny":
         classes, (x, y, _) = [], tiny_images(TRAINING_IMAGES, c.seed, "train")
     else:
@@ -1206,16 +1215,18 @@ def main(argv=None):
     torch.manual_seed(c.seed)
     if c.ckpt:
         model = load(c.ckpt)
-    elif c.family == "sit":
+    elif family == "sit":
         model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
     else:
         model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
     check_classes(c.real, model.num_classes)
+    c = Config(c, **{name: c[name] or value for name, value in PRETRAINING[model.family].items()})
 
-    # Judge every eighth: when twice the images change FD by less than 5 %, more pre-training is no rival to RL.
+    # When twice the images change FD by less than 5 %, more pre-training is no rival to RL.
     net = feature_net("tiny2", os.path.join(c.out, "features-tiny2.pt") if make_assets else None)
     judged = real_summaries(c.real, [net], "select", 1, 50_000 if c.real == "tiny" else 0)
-    num, steps = 10_000 if c.real == "tiny" else 1_000, 10 if model.family == "sit" else 5   # heun evaluates twice
+    num, steps = (10_000, 10) if model.family == "sit" else (2_500, 5)      # heun evaluates twice
+    num = num if c.real == "tiny" else 1_000
 
     def snapshot(eighth, seen, averages):
         for std, model in averages.items():
@@ -1224,7 +1235,7 @@ def main(argv=None):
             row = evaluate(model, [net], judged, num, steps=steps, num_prdc=num, stream="select")["tiny2"]
             print(f"{seen:9d} images, EMA {std:.3f}: FD {row['fid']:.2f} +- {row['fid_se'] or math.nan:.2f} "
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
-            if make_assets and eighth > 4:             # snapshots for merge_rl.py
+            if make_assets and eighth > 4:              # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
         save(path, averages[BASE_EMA], images=seen, classes=classes)
 
