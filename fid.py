@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
                     is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
-                    writable)
+                    whole, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
 from sample import NOISE, generate, image_seeds, load_guided, schedule
 
@@ -384,10 +384,9 @@ def read_statistics(path, net, device="cpu"):
 
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
-    with open(path + ".part", "wb") as f:
+    with whole(path) as f:
         np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name,
                  hash=net.hash, resize=net.resize, quantisation="uint8")
-    os.replace(path + ".part", path)
 
 
 # ---- Metrics on features -------------------------------------------------------------------------------------------
@@ -568,8 +567,8 @@ def main(argv=None):
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
-        with open(c.json, "w") as f:
-            f.write(dumps({k: row[k] for k in keys}) + "\n")
+        with whole(c.json) as f:
+            f.write(dumps({k: row[k] for k in keys}).encode() + b"\n")
     show = lambda key, form: "-" if row[key] is None else format(row[key], form)
     if c.num and c.num <= net.dim:
         print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from fid import WEIGHTS, evaluate, feature_net, real_summaries
-from models import (ASSETS, Config, check_classes, configure, ema_exponent, fail, image_size, is_statistics, load,
-                    pretrain, print0, read_checkpoint, save, setup, stored_parts, writable, write)
+from models import (ASSETS, Config, Stop, check_classes, configure, ema_exponent, fail, image_size, is_statistics, load,
+                    pretrain, print0, read_checkpoint, save, setup, stored_parts, whole, writable, write)
 from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
 from sample import generate, image_seeds, load_guided, save_grid, schedule
 
@@ -164,7 +164,9 @@ class Search:
         for i in range(0, len(ws), world):
             part = ws[i:i + world]
             path = os.path.join(self.folder, f"{self.drawn:07d}.pt")
-            if os.path.exists(path):
+            here = torch.tensor(int(os.path.exists(path)))
+            dist.all_reduce(here, dist.ReduceOp.MIN)                    # nodes may see a shared folder at other times
+            if here:
                 kept = read_checkpoint(path)
                 if kept.get("key") != self.key or not torch.equal(kept["ws"], part):
                     fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume")
@@ -457,7 +459,8 @@ def save_bars(path, w, groups, names):
             pen.text((k * column + 3, (tip - 12) if x >= 0 else tip + 1), f"{x:.2f}", fill="black")
         pen.line((0, zero, width, zero), fill="black")
         pen.text((4, zero - row // 2), group, fill="gray")
-    sheet.save(path)
+    with whole(path) as f:
+        sheet.save(f, "png")
 
 
 def check(c, world):
@@ -486,6 +489,12 @@ def check(c, world):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    with Stop():                            # at once: all that was drawn but the present candidates is in the cache
+        run(c)
+
+
+def run(c):
+    """Search, judge, write: the script, with its options c."""
     rank, world, device = setup()
     began = time.time()
     check(c, world)
@@ -537,8 +546,8 @@ def main(argv=None):
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
         save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups, paths)
         for path in filter(None, (os.path.join(c.out, "merge.json"), c.json)):
-            with open(path, "w") as f:
-                f.write(dumps(dict(found, candidates=log)))
+            with whole(path) as f:
+                f.write(dumps(dict(found, candidates=log)).encode())
         for name, picture in (("last", "before.png"), (best, "after.png")):
             if rows:
                 save_grid(os.path.join(c.out, picture), rows[name]["images"])

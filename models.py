@@ -30,6 +30,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 
@@ -992,24 +993,32 @@ def edm2_like(state, init_kwargs):
     return EDM2(**sizes)
 
 
-def write(path, parts, previous=""):
+@contextmanager
+def whole(path, previous=""):
     """
-    torch.save to a neighbour, then rename: an interrupted write leaves the old file whole, and a full disk ends the
-    script with one line. With `previous` the old file is kept under that name.
+    A binary file that becomes `path` when all of it is on the disk: an interrupted write leaves the old file whole, and
+    a full disk ends the script with one line. With `previous` the old file is kept under that name.
     """
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(path + ".part", "wb") as f:
-            torch.save(parts, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as e:    # torch's writer turns a full disk into a RuntimeError
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
         fail(f"cannot write {path} ({str(e)[:80]}); what was there before is whole", code=1)
+    finally:                                # also of a signal, which leaves by SystemExit
+        with suppress(OSError):
+            os.remove(path + ".part")
+
+
+def write(path, parts, previous=""):
+    """torch.save, `whole`."""
+    with whole(path, previous) as f:
+        torch.save(parts, f)
 
 
 def save(path, model, dtype=None, **extra):
@@ -1094,6 +1103,8 @@ def configure(namespace, argv):
         else:
             config[name] = parse(name, config[name], value if given else words.pop(0))
     config.given = named
+    if "resume" in config:                  # torchrun --max_restarts goes on by itself
+        config["resume"] |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if config.get("seed", 0) < 0:
         fail(f"seed {config.seed}: needed is a number that is not negative")
     return config
@@ -1128,7 +1139,7 @@ class Stop:
 
     def came(self, number, frame):
         if not self.patient or self.number:
-            fail(f"stopped by {signal.Signals(number).name}", code=128 + number)
+            fail(f"stopped by {signal.Signals(number).name}; go on with --resume", code=128 + number)
         self.number = number
 
 

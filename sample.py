@@ -23,7 +23,7 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import STREAMS, attach_vae, configure, fail, gather, load, print0, setup, writable
+from models import STREAMS, attach_vae, configure, fail, gather, load, print0, setup, whole, writable
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -295,8 +295,9 @@ def save_grid(path, images, columns=20):
     sheet[:N] = images.cpu()
     sheet = sheet.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
     zoom = max(1, 48 // H)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    Image.fromarray(sheet.numpy()).resize((columns * W * zoom, rows * H * zoom), Image.Resampling.NEAREST).save(path)
+    with whole(path) as f:
+        grid = Image.fromarray(sheet.numpy())
+        grid.resize((columns * W * zoom, rows * H * zoom), Image.Resampling.NEAREST).save(f, "png")
 
 
 def main(argv=None):
@@ -327,7 +328,8 @@ def main(argv=None):
         grid = os.path.join(c.out, "grid.png")
         save_grid(grid, images[:400])
         if c.npz:
-            np.savez(c.npz, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
+            with whole(c.npz) as f:
+                np.savez(f, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
     print0(f"{c.num} images ({plan.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
            f"{c.num / seconds:.0f} images/s; {os.path.join(c.out, 'grid.png')}" + (f" and {c.npz}" if c.npz else ""))
 

@@ -1782,6 +1782,28 @@ def test_merge_resumed_is_uninterrupted(tmp_path, options):
     assert code == 2 and "another search" in line
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_merge_goes_on_after_a_signal(tmp_path, number, monkeypatch):
+    argv, features_of, calls = [*BRIEF, "--budget=700", "--num=0"], merge_rl.Search.features_of, []
+    assert run(merge_rl, *argv, "--out", tmp_path / "a")[0] == 0
+
+    def counting(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), number)
+        return features_of(*args)
+
+    monkeypatch.setattr(merge_rl.Search, "features_of", counting)
+    code, line = mistakes(merge_rl, *argv, "--out", tmp_path / "b", expect=128 + number)
+    assert line == f"error: stopped by {number.name}; go on with --resume"
+    cached = list((tmp_path / "b" / "cache" / "rl").iterdir())
+    assert len(cached) == 5 and not (tmp_path / "b" / "merge.json").exists()
+    assert run(merge_rl, *argv, "--out", tmp_path / "b", "--resume")[0] == 0
+    one, two = (json.load(open(tmp_path / k / "merge.json")) for k in "ab")
+    assert one["coefficients"] == two["coefficients"] and one["candidates"] == two["candidates"]
+    assert len(calls) == 6 + len(list((tmp_path / "a" / "cache" / "rl").iterdir())) - 5, "nothing was drawn twice"
+
+
 def test_merge_through_torchrun(tmp_path):
     argv = [*BRIEF, "--budget=700", "--num=0"]
     assert run(merge_rl, *argv, "--out", tmp_path / "1")[0] == 0

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
 from models import (CLASSES, Config, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
-                    read_checkpoint, renoise, save, setup, writable, write)
+                    read_checkpoint, renoise, save, setup, whole, writable, write)
 from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
 from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
@@ -743,7 +743,6 @@ def memory_estimate(c, model, net, courses, world):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
-    c["resume"] = c.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"      # torchrun --max_restarts
     with Stop() as stop:
         run(c, stop)
 
@@ -820,8 +819,9 @@ def run(c, stop):
         save_grid(os.path.join(c.out, "after.png"), images)
         if c.json:
             keep = lambda rows: [{k: row[k] for k in KEYS} for row in rows]
-            with open(c.json, "w") as f:
-                f.write(dumps(dict(before=keep(before), after=keep(after), seconds=time.time() - began, images=drawn)))
+            with whole(c.json) as f:
+                f.write(dumps(dict(before=keep(before), after=keep(after), seconds=time.time() - began,
+                                   images=drawn)).encode())
     b, a = before[0], after[0]
     print0(f"FD {b['fid']:.3f} -> {a['fid']:.3f} ({b['features']}, {b['sampler']}, {b['steps']} steps, {c.num} images) "
            f"in {time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
