@@ -172,10 +172,11 @@ class Guided(nn.Module):
     """
     A network under guidance, called like it: weak + scale (network - weak), on the first `channels` or on all (0); weak
     is the guide (Karras et al. 2024b) or, without one, the network's own null class. Attributes are the network's.
+    bf16: its passes run under autocast to bfloat16; what is done with its output is in float32.
     """
-    def __init__(self, model, scale=1.0, channels=0, guide=None):
+    def __init__(self, model, scale=1.0, channels=0, guide=None, bf16=False):
         super().__init__()
-        self.model, self.scale, self.channels, self.guide = model, scale, channels, guide
+        self.model, self.scale, self.channels, self.guide, self.bf16 = model, scale, channels, guide, bf16
 
     def __getattr__(self, name):
         try:
@@ -184,6 +185,10 @@ class Guided(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, x, t, y):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.guided(x, t, y).float()
+
+    def guided(self, x, t, y):
         if self.scale == 1.0:
             return self.model(x, t, y)
         if self.guide is None:
@@ -210,7 +215,7 @@ def load_guided(c, device):
         if not fits or guide.num_classes not in (1, model.num_classes):
             fail(f"guide {c.guide} is {guide.family} for {guide.shape} and {guide.num_classes} classes; "
                  f"needed are {model.family}, {model.shape} and {model.num_classes}, or none", code=1)
-    return Guided(model, c.guidance if c.guide else c.cfg, c.cfg_channels, guide)
+    return Guided(model, c.guidance if c.guide else c.cfg, c.cfg_channels, guide, c.get("bf16", False))
 
 
 def image_seeds(seed, stream, indices):

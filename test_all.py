@@ -718,6 +718,44 @@ def test_ratio_is_one_before_the_first_update():
     assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
 
 
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+def test_bfloat16_of_the_network_alone(family):
+    """Spread of the log-ratio, in nats: between rollout and replay, against float32, and with log-probs in bfloat16."""
+    model = models.load() if family == "sit" else random_edm2()
+    half, full = sample.Guided(model, bf16=True), sample.Guided(model)
+    name = "flow" if family == "sit" else "ancestral"
+    plan, labels = sample.schedule(name, 5, sample.NOISE[family], 0.0, model.sigmas), torch.arange(24) % 10
+    states, outputs = train_rl.roll_out(half, torch.arange(24), labels, plan, 0, 16)
+    assert states.dtype == outputs.dtype == torch.float32
+    ratios = {"replay": [], "float32": [], "bfloat16": []}
+    for k in plan.noisy.tolist():
+        mean, std = sample.gaussian_step(plan, k, states[k], outputs[k])
+        rolled = sample.log_prob(states[k + 1], mean, std)
+        part = dict(k=torch.full((24,), k), x=states[k], x_next=states[k + 1], y=labels, advantage=torch.ones(24))
+        for form, network in (("replay", half), ("float32", full)):
+            parts = [{key: x[i:i + 7] for key, x in part.items()} for i in range(0, 24, 7)]
+            with torch.no_grad():
+                replayed = torch.cat([train_rl.ppo_loss(network, p, None, plan, 0.2)[1] for p in parts])
+            assert replayed.dtype == torch.float32
+            ratios[form].append(replayed - rolled)
+        ratios["bfloat16"].append(sample.log_prob(*(x.bfloat16() for x in (states[k + 1], mean, std))) - rolled)
+    spread = {form: torch.cat(x).std().item() for form, x in ratios.items()}
+    assert spread["replay"] < 0.02 and 0.005 < spread["float32"] < 0.6 and spread["bfloat16"] > 1.5, spread
+
+
+def test_bfloat16_keeps_the_guard_exact(tmp_path):
+    """Steps too small to matter: bfloat16's rounding would be some 0.1 nats of path KL."""
+    argv = ["--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=4", "--objective=ppo", "--lr=3e-6"]
+    rows = {}
+    for option in ([], ["--bf16"]):
+        code, _, err = run(train_rl, *argv, "--iters=1", *option, "--out", tmp_path)
+        assert code == 0, err
+        rows[len(option)] = json.loads(open(tmp_path / "log.jsonl").read())
+    assert 0 < rows[1]["kl"] < 5 * rows[0]["kl"] < 1e-2 and rows[1]["halvings"] == 0, rows
+    assert abs(rows[1]["fd"] / rows[0]["fd"] - 1) < 0.02 and rows[1]["fd"] != rows[0]["fd"], rows
+    assert all(v.dtype == torch.float32 for v in models.load(str(tmp_path / "ckpt.pt")).state_dict().values())
+
+
 def test_pairs_hold_what_the_sampler_did():
     model, plan, labels, states, velocities = rolled_out()
     pairs = train_rl.ppo_pairs(states, labels, torch.arange(20.0), plan, 2, torch.Generator(), 0, 1)

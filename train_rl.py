@@ -61,6 +61,7 @@ guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
 rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
 batch_size = 250 # images in one pass, per rank
+bf16 = False # rollouts and updates in bfloat16, but log-probabilities, path KL and judging; its rounding is like clip
 # what is rewarded
 reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
 features = ["tiny"] # feature networks of the reward; the changes of several are summed, each over its present distance
@@ -348,6 +349,19 @@ def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_cli
     return norm, clipped
 
 
+def exact(model):
+    """The same network without bfloat16, whose rounding alone is 0.1 nats of path KL and more."""
+    model = copy.copy(model)
+    model.bf16 = False
+    return model
+
+
+@torch.no_grad()
+def outputs(model, states, labels, plan):
+    """What the network says at the start of each step: (K + 1, n, C, H, W) => (K, n, C, H, W)."""
+    return torch.stack([model(x, x.new_full((len(x),), t), labels) for x, t in zip(states, plan.t.tolist())])
+
+
 @torch.no_grad()
 def path_kl(model, states, velocities, labels, plan):
     """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean over images, in nats."""
@@ -389,7 +403,7 @@ def judge_model(model, nets, real, floors, samplers, c):
     rows, images = [], None
     for name, steps in samplers:
         last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
-        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.seed, "report", c.num_prdc,
+        found = evaluate(exact(model), nets, real, c.num, name, steps, c.noise, last, c.seed, "report", c.num_prdc,
                          c.batch_size, keep=min(c.num, 200))
         images = found["images"] if images is None else images
         for net in nets:
@@ -543,12 +557,14 @@ def learn(c, ddp, course, states, velocities, mine, advantages, it):
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
     lr = course.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else course.lr
     course.optimizer.param_groups[0]["lr"] = lr
+    few = max(1, 64 // world)
+    probe = states[:, :few], velocities[:, :few], mine[:few]
+    if c.bf16:
+        probe = states[:, :few], outputs(exact(ddp.module), states[:, :few], mine[:few], course.plan), mine[:few]
     norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
     clock.append(time.perf_counter())
 
-    few = max(1, 64 // world)
-    probe = states[:, :few], velocities[:, :few], mine[:few]
-    kl, halvings = guard(ddp.module, params, start, probe, course.plan, c.kl_limit)
+    kl, halvings = guard(exact(ddp.module), params, start, probe, course.plan, c.kl_limit)
     if not (math.isfinite(norm) and math.isfinite(kl or 0)):
         torch._foreach_copy_([p.detach() for p in params], start)
     clock.append(time.perf_counter())
