@@ -40,6 +40,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -123,7 +124,17 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class Recomputed(nn.Module):
+    """A block which, while `checkpointing`, keeps its input alone and computes the rest again in the backward pass."""
+    checkpointing = False
+
+    def __call__(self, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
+        return super().__call__(*args)
+
+
+class Block(Recomputed):
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
@@ -267,7 +278,7 @@ class MPConv(nn.Module):
         return x @ w.T if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Recomputed):
     def __init__(self, cin, cout, cemb, decoder=False, resample="", heads=0):
         super().__init__()
         self.decoder, self.resample, self.heads = decoder, resample, heads

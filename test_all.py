@@ -53,6 +53,10 @@ def error(a, b):
 @pytest.fixture(scope="session", autouse=True)
 def group():
     models.setup()
+    count, known = train_rl.activations, {}     # many tests train the same network; counting takes longer than they
+    key = lambda model, n: (*(p.shape for p in model.parameters()), n, model.bf16, model.scale, *(
+        getattr(m, "checkpointing", None) for m in model.modules()))
+    train_rl.activations = lambda *a: known[key(*a)] if key(*a) in known else known.setdefault(key(*a), count(*a))
     for k, path in enumerate(SNAPSHOTS):        # three checkpoints near the base, as a training run would leave them
         model, rng = models.load(), torch.Generator().manual_seed(k)
         with torch.no_grad():
@@ -718,6 +722,53 @@ def test_ratio_is_one_before_the_first_update():
     assert (train_rl.ppo_loss(model, pairs, log_p - 1, plan, 0.2)[0] == -torch.tensor(0.2).exp()).all(), "clipped"
 
 
+def checkpointed(model, on=True):
+    for block in model.modules():
+        block.checkpointing = on
+    return model
+
+
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+def test_checkpointing_changes_memory_alone(family):
+    model = sample.Guided(models.load() if family == "sit" else random_edm2(channel_mult=[1, 2], attn_resolutions=[8]))
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 3, 16, 16, generator=rng), torch.arange(24) % 10
+    found = {}
+    for on in (False, True):
+        saved, call = {}, checkpointed(model, on)
+        params = [p for p in model.parameters() if p.requires_grad]
+        known = {p.untyped_storage()._cdata for p in params}
+
+        def pack(t):
+            saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), train_rl.Peak(params) as counted:
+            loss = call(x, torch.linspace(0.1, 0.9, 24), y).square().sum()
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+        kept = sum(size for key, size in saved.items() if key not in known)
+        estimate, most = train_rl.activations(model, 24), counted.peak
+        held = sum(g.untyped_storage().nbytes() for g in grads if g is not None)
+        assert most - held < 1.02 * estimate and estimate < 1.05 * most, (estimate, most, held)
+        if not on:
+            assert 1 <= estimate / kept < 1.2, (estimate, kept)
+        found[on] = grads, estimate
+    assert all(a is b or torch.equal(a, b) for a, b in zip(found[0][0], found[1][0])), "the same gradients, bit for bit"
+    assert found[1][1] < 0.45 * found[0][1]
+
+
+def test_memory_of_the_papers_run():
+    """SiT-XL/2 at the README's command needs a third of 80 GB."""
+    with torch.device("meta"):
+        model = models.SiT(*models.SIT_SIZES["XL"], (4, 32, 32), 2, 1000, True)
+    model = sample.Guided(model.to_empty(device="cpu"))                 # memory that is never touched
+    command, = re.findall(r"-- train_rl.py (.*SiT-XL.*)", open(os.path.join(ROOT, "README.md")).read())
+    c = models.configure(dict(vars(train_rl)), command.split())
+    said = train_rl.memory_estimate(c, model, types.SimpleNamespace(dim=2048), 1, 8)
+    (total, most), = re.findall(r"per rank (\S+) GB.*activations ([\d.]+)", said)
+    assert sum(p.numel() for p in model.parameters()) > 675e6 and 20 < float(total) < 30 and 9 < float(most) < 11, said
+
+
 @pytest.mark.parametrize("family", ["sit", "edm2"])
 def test_bfloat16_of_the_network_alone(family):
     """Spread of the log-ratio, in nats: between rollout and replay, against float32, and with log-probs in bfloat16."""
@@ -1220,7 +1271,7 @@ def test_train_rl_as_typed(tmp_path):
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
-    ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
+    ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
     quick = [o for o in QUICK if "forward_every" not in o or not any("objective" in p for p in options)]
     code, out, err = run(train_rl, *quick, "--num=0", "--out", tmp_path, *options)

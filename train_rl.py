@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from json import dumps
@@ -28,14 +29,18 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
-from models import (CLASSES, Config, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
+from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
                     read_checkpoint, renoise, save, setup, whole, writable, write)
 from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
-from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
+from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
 
 # -----------------------------------------------------------------------------
@@ -90,6 +95,7 @@ grad_clip = 1.0 # bound on the gradient's norm
 kl_limit = 0.2 # ppo: nats per iteration and image; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
+checkpointing = False # recompute activations in the backward pass: a fraction of their memory, a third slower
 # how it is judged
 judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
@@ -746,15 +752,54 @@ class Log:
             tqdm.write(f"first iteration {total:.1f} s: all {c.iters} in about {total * c.iters / 60:.1f} minutes")
 
 
+class Peak(TorchDispatchMode):
+    """The largest number of bytes, .peak, that were alive at a time of what operations made beside `known` tensors."""
+    def __init__(self, known):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, WeakIdKeyDictionary({x.untyped_storage(): True for x in known})
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in self.alive:
+                self.alive[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+
+def activations(model, n):
+    """Bytes that the backward pass of n images needs beside weights and gradients: on tensors without memory."""
+    network = Guided(model.model, bf16=model.bf16)
+    n *= 1 + (model.scale != 1 and model.guide is None)                 # the null class of guidance comes on top
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        known = [fake.from_tensor(x) for x in (*network.parameters(), *network.buffers())]
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+                 for p in network.parameters() if p.requires_grad]
+        with Peak(known) as counted:
+            x = torch.zeros(n, *network.shape, device=known[0].device)
+            network(x, x.new_full((n,), 0.5), x.new_zeros(n, dtype=torch.int64)).sum().backward()
+        for hook in hooks:
+            hook.remove()
+    return counted.peak
+
+
 def memory_estimate(c, model, net, courses, world):
-    """Line for people: what a rank keeps during training, in GB, known from sizes alone; activations come on top."""
+    """Line for people: what a rank needs during training, in GB, known from sizes alone."""
     weights = sum(p.numel() for p in model.model.parameters())
     rollout = 2 * (c.steps + 1) * (c.batch // world) * math.prod(model.shape)           # states and velocities
     parts = {"weights": weights, "their average": weights, "undo": weights, "gradients": weights,
              "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
     gb = {name: 4 * count / 2**30 for name, count in parts.items()}
+    pairs = min(c.micro_batch, (c.times or c.steps) * c.batch // world)
+    gb["activations"] = activations(model, pairs) / 2**30
     largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
-    return f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'} beside activations"
+    return (f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'}, beside the passes of feature "
+            "networks and decoder")
 
 
 def main(argv=None):
@@ -777,6 +822,9 @@ def run(c, stop):
     if "ppo" in plans and not len(plans["ppo"].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
+    for block in model.modules():
+        if isinstance(block, Recomputed):
+            block.checkpointing = c.checkpointing
     made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
             for name in dict.fromkeys([*c.features, *c.judges])}
     nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
