@@ -1154,6 +1154,14 @@ class Stop:
         self.number = number
 
 
+def lost(kind, error, trace):
+    """Instead of a traceback one line where another rank ended, which names the cause itself."""
+    if re.search("by peer|Broken pipe|remote process exited", str(error)):
+        print(f"note: rank {os.environ['RANK']} ends, as another rank has ended", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def setup():
     """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
     if not dist.is_initialized():
@@ -1162,6 +1170,7 @@ def setup():
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
             store = dist.PrefixStore("restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+            sys.excepthook = lost
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit

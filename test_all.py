@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -2013,11 +2014,49 @@ def test_what_is_not_finite_is_skipped(tmp_path, monkeypatch):
     assert "5 iterations in a row" in mistakes(train_rl, *argv)[1]
 
 
-def test_killed_process_is_resumed_by_torchrun(tmp_path):
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """What a run of two ranks on one node leaves."""
+    out = tmp_path_factory.mktemp("two")
+    two = torchrun(2, "train_rl.py", *SHORT, "--save_every=1", "--out", out)
+    assert two.returncode == 0, two.stderr[-2000:]
+    return left(out)
+
+
+def two_nodes(*argv, timeout=200):
+    """Exit codes and outputs of two agents that meet at an address, each with one rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--", *map(str, argv)]
+    agents = [subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    said = [agent.communicate(timeout=timeout)[0] for agent in agents]
+    return [agent.returncode for agent in agents], said
+
+
+def test_two_nodes_are_one(tmp_path, two_ranks):
+    codes, said = two_nodes("train_rl.py", *SHORT, "--save_every=1", "--out", tmp_path)
+    assert codes == [0, 0], said
+    assert left(tmp_path) == two_ranks
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    """An image that rank 1 alone reads is broken: both nodes end, and the cause is named once."""
+    folder = make_folder(tmp_path / "f", 8, 0)
+    (tmp_path / "f" / "003.png").write_bytes(b"\x89PNG....")
+    began = time.time()
+    codes, said = two_nodes("fid.py", "--real", folder, "--features=tiny", "--stats", tmp_path / "s.npz")
+    assert codes == [1, 1] and time.time() - began < 100, said          # a minute, after torch was loaded
+    ours = [line for line in "".join(said).split("\n") if re.search("^error|^note: rank", line)]
+    assert len(ours) == 2 and sum("003.png is not a readable image" in line for line in ours) == 1, said
+    assert "rank0]: Traceback" not in "".join(said) and not (tmp_path / "s.npz").exists(), said
+
+
+def test_killed_process_is_resumed_by_torchrun(tmp_path, two_ranks):
     """kill -9 of one of two ranks in mid-run: torchrun --max_restarts starts both again, and they go on."""
     argv = ["train_rl.py", *SHORT, "--save_every=1"]
-    two = torchrun(2, *argv, "--out", tmp_path / "w")
-    assert two.returncode == 0, two.stderr[-2000:]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--",
                *argv, "--out", str(tmp_path / "b")]
     with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
@@ -2028,7 +2067,7 @@ def test_killed_process_is_resumed_by_torchrun(tmp_path):
         os.kill(int(ranks[-1]), signal.SIGKILL)
         out, _ = agent.communicate(timeout=150)
     assert agent.returncode == 0 and "resumed at iteration" in out, out[-2000:]
-    assert left(tmp_path / "b") == left(tmp_path / "w")
+    assert left(tmp_path / "b") == two_ranks
 
 
 def test_ranks_may_change_in_mid_run(tmp_path):

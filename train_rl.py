@@ -592,6 +592,9 @@ def train(c, model, nets, real, plans, stop, stored=None):
 
     # The reference sets are drawn by the base, with the first images of the training stream, unless they are known.
     state, count = read_state(c) if c.resume else None, 0 if stored else c.reference
+    found = gather(torch.tensor([state["at"]["it"] if state else 0]), world).tolist()
+    if len(set(found)) > 1:
+        fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
     blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
     courses = [begin(c, objective, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
                for i, (objective, plan) in enumerate(plans.items())]
@@ -700,11 +703,10 @@ def read_state(c):
 def judged_before(c):
     """The rows of the base that the run in OUT judged with the same options, or None."""
     path = os.path.join(c.out, "before.pt")
-    if c.resume and os.path.isfile(path):
-        kept = read_checkpoint(path)
-        if kept.get("config") == dict(c, resume=False):
-            return kept["rows"]
-    return None
+    kept = read_checkpoint(path) if c.resume and os.path.isfile(path) else {}
+    same = torch.tensor(int(kept.get("config") == dict(c, resume=False)))
+    dist.all_reduce(same, dist.ReduceOp.MIN)            # OUT may be a folder of one node alone
+    return kept["rows"] if same else None
 
 
 class Log:
