@@ -14,8 +14,6 @@ import math
 import os
 import sys
 import time
-import zipfile
-import zlib
 from json import dumps
 from typing import NamedTuple, Optional
 
@@ -341,7 +339,7 @@ def read_npz(path, *names):
     try:
         with np.load(path, allow_pickle=False) as f:
             return {k: f[k] for k in names if k in f.files}
-    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:                  # a damaged file can raise anything, even MemoryError
         fail(f"{path} is not a readable .npz ({str(e)[:80]})", code=1)
 
 
@@ -363,10 +361,10 @@ def read_statistics(path, net, device="cpu"):
     if "mu" not in stored or "sigma" not in stored:
         fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed", code=1)
     try:
-        mu, cov = (torch.from_numpy(np.asarray(stored[k], dtype=np.float64)) for k in ("mu", "sigma"))
+        mu, cov = (torch.from_numpy(np.asarray(stored[k]).astype(np.float64, casting="same_kind")) for k in ("mu", "sigma"))
         name, digest = str(stored.get("features", net.name)), str(stored.get("hash", ""))
         num = int(stored.get("num", 0))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         fail(f"{path}: mu, sigma or num are not numbers ({str(e)[:80]})", code=1)
     if name != net.name or mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
         fail(f"{path} describes {mu.numel()}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)

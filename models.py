@@ -29,7 +29,6 @@ import sys
 import time
 import warnings
 import zipfile
-import zlib
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -741,8 +740,11 @@ def list_images(path):
     if os.path.isdir(path):
         names = [os.path.relpath(os.path.join(d, f), path) for d, _, files in os.walk(path) for f in files]
         opener = lambda name: open(os.path.join(path, name), "rb")
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
+    elif zipfile.is_zipfile(path):          # its members are read, never unpacked to where their names point
+        try:
+            archive = zipfile.ZipFile(path)
+        except Exception as e:              # a damaged directory can raise anything
+            fail(f"{path} is not a readable zip ({str(e)[:80]})", code=1)
         names, opener = archive.namelist(), archive.open
     else:
         fail(f"{path} is neither a folder nor a zip file; needed: png, jpg or webp images in one of these")
@@ -788,12 +790,15 @@ def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
         batch = []
         for name in names[i:i + batch_size]:
             try:
-                with opener(name) as f, Image.open(f) as image:
-                    fitted = image.convert("RGB")
-                    if size:
-                        fitted = ImageOps.fit(fitted, (size, size), Image.Resampling.BICUBIC)
-            except (OSError, ValueError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile,
-                    Image.DecompressionBombError) as e:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)      # 89 million pixels
+                    with opener(name) as f, Image.open(f, formats=("PNG", "JPEG", "WEBP")) as image:
+                        if image.mode.startswith("I"):                  # 16 bits, which convert() would cut off at 255
+                            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                        fitted = image.convert("RGB")
+                if size:
+                    fitted = ImageOps.fit(fitted, (size, size), Image.Resampling.BICUBIC)
+            except Exception as e:          # a damaged image can raise anything
                 fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
             batch.append(np.asarray(fitted).transpose(2, 0, 1))
             if batch[-1].shape != batch[0].shape:
@@ -965,6 +970,8 @@ def load(path="", device="cpu"):
         misshapen = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
         wrong = {"lacks": wanted.keys() - state.keys(), "has unknown": state.keys() - wanted.keys(),
                  "has in another shape": misshapen}
+        if not any(wrong.values()):
+            wrong["has NaN or infinite values in"] = {k for k, v in state.items() if not v.isfinite().all()}
         said = [f"{verb} {', '.join(sorted(keys)[:3])} ({len(keys)} in all)" for verb, keys in wrong.items() if keys]
         if said:
             raise ValueError("; ".join(said))
@@ -993,6 +1000,8 @@ def sit_like(state, heads):
     rows = state["final_layer.linear.weight"].shape[0]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     heads = heads or {f"heads for width {w}": h for _, w, h in SIT_SIZES.values()}[f"heads for width {width}"]
+    if heads < 1 or width % heads:
+        raise ValueError(f"{heads} heads for width {width}")
     return SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
 
 
@@ -1047,6 +1056,7 @@ def save(path, model, dtype=None, **extra):
 
 def fail(message, code=2):
     """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
+    message = "".join(c if c.isprintable() else "?" for c in message)
     if code == 1 or os.environ.get("RANK", "0") == "0":         # the command line is the same on all ranks
         tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
     raise SystemExit(code)
@@ -1116,8 +1126,8 @@ def configure(namespace, argv):
     config.given = named
     if "resume" in config:                  # torchrun --max_restarts goes on by itself
         config["resume"] |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if config.get("seed", 0) < 0:
-        fail(f"seed {config.seed}: needed is a number that is not negative")
+    if not 0 <= config.get("seed", 0) < 2**63:
+        fail(f"seed {config.seed}: needed is a number that is not negative, below 2^63")
     return config
 
 
@@ -1128,7 +1138,7 @@ def writable(path):
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+    if os.path.exists(path) and not os.path.isfile(path) or not os.access(folder, os.W_OK):
         fail(f"cannot write {path}: needed is a file name in a folder that can be written to")
 
 
@@ -1230,6 +1240,7 @@ def make_base(c, family, path, make_assets):
     """Pre-train a base of this family (or go on with --ckpt), judged at every eighth; writes `path`, as an asset also
     its snapshots."""
     from fid import evaluate, feature_net, real_summaries
+    given = load(c.ckpt) if c.ckpt else None        # better to know before images are read or drawn
     if c.real == "tiny":
         classes, (x, y, _) = [], tiny_images(TRAINING_IMAGES, c.seed, "train")
     else:
@@ -1245,7 +1256,7 @@ def make_base(c, family, path, make_assets):
 
     torch.manual_seed(c.seed)
     if c.ckpt:
-        model = load(c.ckpt)
+        model = given
     elif family == "sit":
         model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
     else:

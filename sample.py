@@ -209,6 +209,8 @@ def load_guided(c, device):
     if "guidance" in c.given and not c.guide:
         fail("--guidance is the scale of --guide, which is missing; the scale of the null class is --cfg")
     model, guide = attach_vae(load(c.ckpt, device), c.vae), None
+    if not 0 <= c.cfg_channels <= model.shape[0]:
+        fail(f"cfg_channels {c.cfg_channels}: the model has {model.shape[0]} channels; 0 means all")
     if c.guide:
         guide = load(c.guide, device).requires_grad_(False)
         fits = (guide.family, guide.shape) == (model.family, model.shape)

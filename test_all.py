@@ -1393,6 +1393,289 @@ def test_mistakes_end_in_one_line(tmp_path):
     assert not (tmp_path / "o").exists() or not any(f.endswith(".part") for f in os.listdir(tmp_path / "o"))
 
 
+def broken_files(d):
+    """{name: path} of files that are not what they say, made in folder d; what must be accepted is in odd_images."""
+    path, files = lambda name: str(d / name), {}
+
+    def put(name, data=b""):
+        os.makedirs(os.path.dirname(path(name)), exist_ok=True)
+        with open(path(name), "wb") as f:
+            f.write(data)
+        return path(name)
+
+    picture = io.BytesIO()
+    Image.effect_noise((40, 40), 60).convert("RGB").save(picture, "png")
+    whole = picture.getvalue()
+    flat, bomb, jpeg = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(bomb, "png")
+    Image.new("1", (20_000, 5_000)).save(flat, "png")
+    Image.effect_noise((40, 40), 60).save(jpeg, "jpeg")
+    for name, data in {"0 bytes.png": b"", "cut.png": whole[:700], "cut.jpg": jpeg.getvalue()[:300], "text.png": b"hello",
+                       "bomb.png": bomb.getvalue(), "large.png": flat.getvalue(), "crc.png": whole[:40] + b"\xff" + whole[41:], "half.webp": b"RIFF\x40\x00\x00\x00WEBPVP8 ",
+                       "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
+                       "bitmap.png": b"BM" + bytes(60)}.items():
+        put(f"{name}/a.{name.split('.')[1]}", data)
+        files[name] = path(name)
+    os.makedirs(path("loop"))
+    os.symlink("a.png", path("loop/a.png"))
+    os.makedirs(path("dangling"))
+    os.symlink("nothing", path("dangling/a.png"))
+    os.makedirs(path("no image"))
+    put("no image/readme.txt", b"x")
+
+    def archive(name, entries, **options):
+        with zipfile.ZipFile(path(name), "w", **options) as z:
+            for key, data in entries.items():
+                z.writestr(key, data)
+        return open(path(name), "rb").read()
+
+    plain = archive("plain.zip", {"a.png": whole, "b.png": whole})
+    archive("empty.zip", {})
+    archive("texts.zip", {"a.txt": "x"})
+    archive("folders.zip", {"a.png/": ""})
+    archive("mixed.zip", {"a.png": whole, "sub/b.png": whole})
+    archive("zeros.zip", {"a.png": bytes(30_000_000), "b.png": whole}, compression=zipfile.ZIP_DEFLATED)
+    archive("in bomb.zip", {"a.png": bomb.getvalue(), "b.png": whole})
+    put("cut.zip", plain[:len(plain) // 2])
+    put("crc.zip", plain.replace(whole[100:120], bytes(20), 1))
+    put("encrypted.zip", plain.replace(b"PK\x03\x04\x14\x00\x00\x00", b"PK\x03\x04\x14\x00\x01\x00").replace(
+        b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00"))
+    put("method.zip", re.sub(b"(PK\x01\x02.{6})\\0\\0", b"\\1\x63\\0", plain, flags=re.S).replace(
+        b"PK\x03\x04\x14\x00\x00\x00\x00\x00", b"PK\x03\x04\x14\x00\x00\x00\x63\x00"))
+    put("directory.zip", plain.replace(b"PK\x01\x02", b"PK\x09\x09"))
+
+    mu, eye = np.zeros(64), np.eye(64)
+    wrong = dict(mu=dict(mu=np.zeros(3), sigma=np.eye(3)), keys=dict(a=1), nan=dict(mu=mu * np.nan, sigma=eye),
+                 inf=dict(mu=mu + np.inf, sigma=eye), skew=dict(mu=mu, sigma=eye + np.eye(64, k=1)), text=dict(mu="x", sigma="y"),
+                 negative=dict(mu=mu, sigma=-eye), cube=dict(mu=mu, sigma=np.zeros((64, 64, 1))), scalar=dict(mu=0.0, sigma=1.0),
+                 objects=dict(mu=np.array([Call(os.system, "touch PWNED")] * 64, object), sigma=eye), only=dict(mu=mu),
+                 num=dict(mu=mu, sigma=eye, num="many"), endless=dict(mu=mu, sigma=eye, num=np.inf),
+                 other=dict(mu=mu, sigma=eye, features="inception"), weights=dict(mu=mu, sigma=eye, hash=64 * "0"),
+                 complex=dict(mu=mu * 1j, sigma=eye), empty=dict(mu=mu[:0], sigma=eye[:0, :0]))
+    for name, arrays in wrong.items():
+        np.savez(path(f"{name}.npz"), **arrays)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="<f8", fortran_order=False, shape=(10**13,)))
+    archive("bomb.npz", {"mu.npy": header.getvalue() + bytes(99), "sigma.npy": header.getvalue()})
+    put("plain.npz", b"not a zip")
+    np.save(path("bare"), mu)
+    os.rename(path("bare.npy"), path("bare.npz"))
+    os.makedirs(path("folder.npz"))
+    for name, array in dict(float=np.zeros((9, 16, 16, 3)), flat=np.zeros((9, 768), np.uint8), one=np.zeros((1, 16, 16, 3), np.uint8),
+                            grey=np.zeros((9, 16, 16), np.uint8), none=np.zeros((0, 16, 16, 3), np.uint8)).items():
+        np.savez(path(f"images {name}.npz"), arr_0=array)
+
+    state = models.load().state_dict()
+    for name, thing in {"list": [1], "number": 3, "words": dict(ema="x"), "call": dict(ema=Call(os.system, "touch PWNED")),
+                        "empty": {}, "few": dict(ema=dict(state, pos_embed=torch.zeros(1, 4, 63))),
+                        "nan": dict(ema=dict(state, pos_embed=state["pos_embed"] * math.nan)),
+                        "heads": dict(ema=state, heads=7), "no heads": dict(ema=state, heads="many")}.items():
+        torch.save(thing, path(f"{name}.pt"))
+    stored = open(path("heads.pt"), "rb").read()
+    put("cut.pt", stored[:len(stored) // 2])
+    put("nothing.pt")
+    put("plain.pt", b"not a checkpoint")
+    put("zip.pt", plain)
+    put("call.pkl", pickle.dumps(Call(os.system, "touch PWNED")))
+    put("list.pkl", pickle.dumps([1]))
+    put("numbers.pkl", pickle.dumps(dict(fid=dict(mu=[1.0], sigma=3), num_images="x")))
+    put("nothing.pkl")
+    put("deep.pkl", b"(" * 100_000 + b"l" * 100_000 + b".")
+    put("nothing.safetensors")
+    put("long.safetensors", (2**62).to_bytes(8, "little") + b"{}")
+    return path
+
+
+BAD_FILES = [                               # script, options in which {} is the folder of broken_files, code, what is said
+    *[("stats", ["--real={}/%s" % name], 1, said) for name, said in {
+        "0 bytes.png": "a.png is not a readable image", "cut.png": "truncated", "cut.jpg": "Truncated", "text.png": "identify",
+        "bomb.png": "200000000 pixels", "large.png": "100000000 pixels", "crc.png": "a.png", "half.webp": "a.webp",
+        "script.png": "identify", "bitmap.png": "identify", "loop": "a.png", "dangling": "a.png", "no image": "holds no image",
+        "empty.zip": "holds no image", "texts.zip": "holds no image", "folders.zip": "holds no image",
+        "zeros.zip": "identify", "in bomb.zip": "200000000 pixels", "crc.zip": "a.png", "encrypted.zip": "encrypted",
+        "method.zip": "compression", "directory.zip": "not a readable zip"}.items()],
+    ("stats", ["--real={}/cut.zip"], 2, "neither a folder nor a zip"), ("stats", ["--real={}/nowhere"], 2, "does not exist"),
+    *[("fid", ["--features=tiny", "--images={}/images float.npz", "--real={}/%s.npz" % name], 1, said) for name, said in dict(
+        mu="3-d", keys="mu and sigma", nan="NaN", inf="NaN or infinite", skew="not symmetric", text="not numbers",
+        negative="negative eigenvalues", cube="64-d", scalar="1-d", objects="allow_pickle", only="mu and sigma", num="not numbers",
+        endless="not numbers", other="inception", weights="other weights", complex="not numbers", empty="0-d", bomb="not a readable",
+        plain="not a readable", bare="not a readable").items()],
+    ("fid", ["--images={}/plain.npz", "--real={}/folder.npz"], 2, "no statistics"),
+    *[("fid", ["--features=tiny", "--images={}/images %s.npz" % name], 1, said) for name, said in dict(
+        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)", none="holds 0").items()],
+    ("fid", ["--images={}/plain.npz"], 1, "not a readable .npz"), ("fid", ["--images={}/bomb.npz"], 1, "needed are images"),
+    *[("sample", ["--ckpt={}/%s" % name], 1, said) for name, said in {
+        "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict", "empty.pt": "no SiT",
+        "call.pt": "posix.system", "few.pt": "another shape", "nan.pt": "NaN or infinite values in pos_embed",
+        "heads.pt": "7 heads for width 64", "no heads.pt": "no SiT", "cut.pt": "not a PyTorch", "nothing.pt": "not a PyTorch",
+        "plain.pt": "not a PyTorch", "zip.pt": "not a PyTorch", "call.pkl": "posix.system", "list.pkl": "holds no EDM2",
+        "nothing.pkl": "EOFError", "deep.pkl": "refused"}.items()],
+    ("sample", ["--ckpt={}"], 2, "no checkpoint"), ("sample", ["--guide={}/list.pt"], 1, "needed is a dict"),
+    ("sample", ["--vae={}/nothing.safetensors"], 2, "draws pixels"),
+    ("fid", ["--images={}/images none.npz", "--real={}/call.pkl"], 1, "posix.system"),
+    ("fid", ["--images={}/images none.npz", "--real={}/list.pkl"], 1, "no statistics"),
+    ("fid", ["--features=inception", "--features_path={}/list.pt"], 1, "does not hold inception"),
+    ("fid", ["--features=dinov2", "--features_path={}/call.pt"], 1, "posix.system"),
+    ("train_rl", ["--moments={}/nan.npz"], 1, "NaN"), ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
+    ("train_rl", ["--real={}/crc.zip"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
+    ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"), ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no checkpoint"),
+    ("merge_rl", ["--ckpts=sit-tiny,sit-tiny", "--real={}/nan.npz", "--judges=tiny"], 1, "NaN"),
+    ("models", ["--real={}/crc.zip", "--out={}/made.pt"], 1, "a.png"), ("models", ["--ckpt={}/cut.pt", "--out={}/made.pt"], 1, "PyTorch"),
+    ("models", ["--real={}/mixed.zip", "--out={}/made.pt"], 1, "beside"),
+]
+BAD_OPTIONS = [
+    ("sample", "--seed=-1", "not negative"), ("sample", f"--seed={2**70}", "2^63"), ("sample", "--num=1e3", "type int"),
+    ("sample", "--batch_size=0", "at least"), ("sample", "--label=-2", "classes"), ("sample", "--last=2", "between 0 and 1"),
+    ("sample", "--S_churn=1", "S_churn"), ("sample", "--cfg=inf", "finite"), ("sample", "--official=maybe", "true or false"),
+    ("sample", "--guidance=3", "missing"), ("sample", "--out=/dev/null", "cannot write"), ("sample", "--npz=/dev/null", "cannot write"),
+    ("fid", "--num=1", "at least"), ("fid", "--stream=train", "report or select"), ("fid", "--num_prdc=3", "at least"),
+    ("fid", "--json=/dev/full", "cannot write"), ("fid", "--stats=/dev/null/x.npz", "cannot write"), ("fid", "--steps=1", "at least 2"),
+    ("reward", "--dim=0", "needed is subset"), ("reward", "--dim=", "type int"), ("models", "--minutes=-1", "negative"),
+    ("models", "--family=vae", "sit or edm2"), ("models", "--lr=nan", "finite"), ("merge_rl", "--memory=1", "[0, 1)"),
+    ("merge_rl", "--judges=tiny,tiny", "different"), ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"),
+    ("train_rl", "--top=0", "(0, 1]"), ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"),
+    ("train_rl", "--lr=-1", "more than 0"), ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
+    ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"), ("train_rl", "--out=/dev/null", "cannot write"),
+    ("train_rl", "--out=" + "x" * 300, "cannot write"), ("train_rl", "--moments=none.npz", "no statistics"),
+    ("train_rl", "--cfg_channels=-1", "cfg_channels"), ("train_rl", "--steps=0", "at least 2"),
+    ("train_rl", "--save_every=0", "at least"), ("sample", "--cfg_channels=4", "cfg_channels"),
+    ("sample", "--out=/dev/null/\n\x1b[2J", "null/??[2J"),
+]
+
+
+def whole_tree(folder):
+    return {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capfd):
+    """Each kind: one line, its exit code, no traceback, nothing written, nothing executed."""
+    assert len(BAD_FILES) + len(BAD_OPTIONS) >= 60 + 50
+    (tmp_path / "bad").mkdir()
+    broken_files(tmp_path / "bad")
+    monkeypatch.chdir(tmp_path)
+    before, scripts = whole_tree(tmp_path), {m.__name__: m for m in SCRIPTS}
+    rows = BAD_FILES + [(script, [option], 2, said) for script, option, said in BAD_OPTIONS]
+    quick = ["--num=2", "--steps=2", "--num_real=99"]               # so that what is accepted by mistake ends soon
+    usual = dict(stats=["--features=factors", "--stats=made.npz"], sample=quick[:2], fid=quick, reward=["--num=128"],
+                 train_rl=[*quick, "--batch=80", "--iters=1"], merge_rl=[*quick[1:], "--num=0"],
+                 models=["--minutes=1e-9", "--only=base"])
+    wrong = []
+    for script, argv, code, said in rows:
+        argv = [*usual[script], *(option.replace("{}", str(tmp_path / "bad")) for option in argv)]
+        try:
+            found, line = mistakes(scripts["fid" if script == "stats" else script], *argv)
+        except BaseException as e:
+            found, line = None, f"{type(e).__name__}: {str(e)[-300:]}"
+        if found != code or said not in line:
+            wrong.append((script, argv, found, line))
+    assert not wrong, "\n".join(map(str, wrong))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)         # the folder for what would have been written
+    assert whole_tree(tmp_path) == before
+
+
+def test_odd_images_are_read_right(tmp_path):
+    """Images that are unusual but whole: what each must look like in RGB."""
+    ramp = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+    picture = np.stack([ramp, ramp.T, 255 - ramp], axis=-1)
+    rgb = Image.fromarray(picture)
+    save = lambda name, image, **how: image.save(tmp_path / "f" / name, **how)
+    (tmp_path / "f").mkdir()
+    save("a 16 bit.png", Image.fromarray(ramp.astype(np.uint16) * 257))
+    save("b alpha.png", rgb.convert("RGBA"))
+    save("c animated.png", rgb, save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    save("d animated.webp", rgb, save_all=True, append_images=[Image.new("RGB", (16, 16))], lossless=True)
+    save("e cmyk.jpg", rgb.convert("CMYK"), quality=100, subsampling=0)
+    save("f gray.png", Image.fromarray(ramp))
+    save("g palette.png", Image.fromarray(ramp).convert("P"))
+    save("h one bit.png", Image.new("1", (16, 16), 1))
+    save("i one pixel.png", Image.new("RGB", (1, 1), (9, 8, 7)))
+    save("j wide.png", Image.new("RGB", (20_000, 3), (1, 2, 3)))
+    found = torch.cat(list(models.image_batches(str(tmp_path / "f"), 16))).permute(0, 2, 3, 1).numpy()
+    gray = np.repeat(ramp[..., None], 3, axis=2)
+    flat = lambda *color: np.broadcast_to(np.uint8(color), (16, 16, 3))
+    exact = [gray, picture, picture, picture, None, gray, gray, flat(255, 255, 255), flat(9, 8, 7), flat(1, 2, 3)]
+    for name, image, wanted in zip(sorted(os.listdir(tmp_path / "f")), found, exact, strict=True):
+        if wanted is None:                                              # by way of ink, and of JPEG
+            assert np.abs(image.astype(int) - picture).mean() < 3, name
+        else:
+            assert np.array_equal(image, wanted), name
+    with zipfile.ZipFile(tmp_path / "away.zip", "w") as z:
+        for name in ("../../outside.png", "/tmp/absolute.png", "..\\windows.png"):
+            z.write(tmp_path / "f" / "b alpha.png", name)
+    before = whole_tree(tmp_path)
+    assert len(torch.cat(list(models.image_batches(str(tmp_path / "away.zip"), 16)))) == 3
+    assert whole_tree(tmp_path) == before and not os.path.exists("/tmp/absolute.png"), "read in place, never unpacked"
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """A small file system of its own at `path`; the test is skipped where none may be mounted."""
+    path.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_full_and_read_only_disks(tmp_path):
+    stats = ["--real=tiny", "--num_real=60", "--features=factors"]
+    with mounted(tmp_path / "full", "size=64k") as full:
+        for script, argv, code in ((sample, ["--num=9", "--steps=2", "--out", full, "--npz", full / "a.npz"], 0),
+                                   (sample, ["--num=99", "--steps=2", "--out", tmp_path, "--npz", full / "b.npz"], 1)):
+            found, _, err = run(script, *argv)
+            assert found == code and err.count("error: ") == code and "Traceback" not in err, (argv, err)
+        assert sorted(os.listdir(full)) == ["a.npz", "grid.png"]
+        (full / "fill").write_bytes(bytes((os.statvfs(full).f_bavail - 1) * 4096))
+        table = [(sample, ["--num=99", "--steps=2", "--out", full]), (fid, [*stats, "--features=tiny", "--stats", full / "s.npz"]),
+                 (train_rl, [*SHORT, "--out", full / "t"]),
+                 (merge_rl, [*BRIEF, "--budget=700", "--num=0", "--out", full / "m"])]
+        for script, argv in table:
+            code, line = mistakes(script, *argv)
+            assert code == 1 and "cannot write" in line, (argv, line)
+            assert not [p for p in full.rglob("*") if p.name.endswith((".part", ".npz.npz")) or p.name == "ckpt.pt"], argv
+        assert sorted(p.name for p in full.iterdir() if p.is_file()) == ["a.npz", "fill", "grid.png"]
+        assert np.load(full / "a.npz")["arr_0"].shape == (9, 16, 16, 3) and Image.open(full / "grid.png").size
+    with mounted(tmp_path / "fixed", "ro,size=64k") as fixed:
+        for script, argv in ((sample, ["--out", fixed]), (fid, [*stats, "--stats", fixed / "s.npz"]), (fid, ["--json", fixed / "s"]),
+                             (train_rl, ["--out", fixed / "t"]), (merge_rl, [*BRIEF, "--out", fixed / "m"]),
+                             (models, ["--only=base", "--out", fixed])):
+            code, line = mistakes(script, *argv)
+            assert code == 2 and "cannot write" in line, (argv, line)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_state(tmp_path):
+    """In mid-run: one line that names the state to go on from, which then gives what a run without trouble gives."""
+    argv = [*SHORT, "--save_every=1", "--out"]
+    assert run(train_rl, *argv, tmp_path / "w")[0] == 0
+    size, write = (tmp_path / "w" / "state.pt").stat().st_size, train_rl.write
+    with mounted(tmp_path / "full", f"size={7 * size // 2}") as full:
+        with pytest.MonkeyPatch.context() as patch:
+            def filling(path, parts, **how):
+                if parts["at"]["it"] == 4:
+                    (full / "fill").write_bytes(bytes(os.statvfs(full).f_bavail * 4096 - size // 2))
+                write(path, parts, **how)
+
+            patch.setattr(train_rl, "write", filling)
+            code, line = mistakes(train_rl, *argv, full)
+        assert code == 1 and "state.pt" in line and "whole" in line, line
+        (full / "fill").unlink()
+        code, out, err = run(train_rl, *argv, full, "--resume")
+        assert code == 0 and "resumed at iteration 3" in out and left(full) == left(tmp_path / "w"), (out, err)
+
+
+def test_states_that_are_no_states(tmp_path):
+    argv = [*SHORT, "--iters=1", "--out", tmp_path, "--resume"]
+    for thing in ({}, [1], dict(config=3), Call(os.system, "touch PWNED")):
+        torch.save(thing, tmp_path / "state.pt")
+        code, out, err = run(train_rl, *argv)
+        assert code == 0 and "state.pt is cut short or damaged" in out and "from the beginning" in out, err
+    assert not os.path.exists("PWNED")
+    (tmp_path / "log.jsonl").unlink()
+    assert "cannot write" in mistakes(train_rl, *argv)[1]
+
+
 def test_classes_that_do_not_match(tmp_path):
     code, line = mistakes(train_rl, "--real", make_folder(tmp_path / "f", 300, 3), "--num=0")
     assert code == 1 and "3 classes" in line and "10" in line

@@ -469,7 +469,7 @@ def check(c, world):
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
     if c.advantage == "constant" and c.objective != "forward":
         fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
-    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
+    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, save_every=1, micro_batch=1, num_prdc=10, num_real=10,
                             refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
@@ -689,10 +689,11 @@ def read_state(c):
             continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            was = {k: state["config"].get(k) for k in of_the_run(c)}
         except Exception as e:              # a file that was cut short can raise anything
             print0(f"note: {path} is cut short or damaged ({type(e).__name__}); trying the state before it")
             continue
-        odd = [f"{k}={state['config'].get(k)}, now {v}" for k, v in of_the_run(c).items() if state["config"].get(k) != v]
+        odd = [f"{k}={was[k]}, now {v}" for k, v in of_the_run(c).items() if was[k] != v]
         if odd and not c.changed:
             fail(f"the run in {c.out} has {'; '.join(odd)}: repeat its options, or add --changed")
         return state
@@ -716,12 +717,15 @@ class Log:
     """
     def __init__(self, out, position):
         self.path, self.phases = os.path.join(out, "log.jsonl"), defaultdict(float)
-        self.file = open(self.path, "r+b" if position else "wb")
+        try:
+            self.file = open(self.path, "r+b" if position else "wb")
+            self.times = open(os.path.join(out, "times.jsonl"), "a" if position else "w")
+        except OSError as e:
+            fail(f"cannot write {e.filename} ({e.strerror}); start again without --resume, in a folder of its own", 1)
         if self.file.seek(0, os.SEEK_END) < position:
             fail(f"{self.path} is shorter than the state beside it says; start again without --resume", code=1)
         self.file.seek(position)
         self.file.truncate()
-        self.times = open(os.path.join(out, "times.jsonl"), "a" if position else "w")
 
     def position(self):
         os.fsync(self.file.fileno())
