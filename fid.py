@@ -338,7 +338,10 @@ def read_npz(path, *names):
     """Those of the named arrays that an .npz has, without running code. Exit code 1 if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            return {k: f[k] for k in names if k in f.files}
+            arrays = {k: f[k] for k in names if k in f.files}
+            if odd := [k for k, x in arrays.items() if not isinstance(x, np.ndarray)]:
+                raise ValueError(f"{odd[0]} is no array")
+            return arrays
     except Exception as e:                  # a damaged file can raise anything, even MemoryError
         fail(f"{path} is not a readable .npz ({str(e)[:80]})", code=1)
 
@@ -361,11 +364,12 @@ def read_statistics(path, net, device="cpu"):
     if "mu" not in stored or "sigma" not in stored:
         fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed", code=1)
     try:
-        mu, cov = (torch.from_numpy(np.asarray(stored[k]).astype(np.float64, casting="same_kind")) for k in ("mu", "sigma"))
-        name, digest = str(stored.get("features", net.name)), str(stored.get("hash", ""))
+        mu, cov = (torch.from_numpy(np.asarray(stored[k]).astype(np.float64, casting="same_kind"))
+                   for k in ("mu", "sigma"))
+        name, digest = (str(stored.get(k, x)).encode().decode() for k, x in (("features", net.name), ("hash", "")))
         num = int(stored.get("num", 0))
-    except (ValueError, TypeError, OverflowError) as e:
-        fail(f"{path}: mu, sigma or num are not numbers ({str(e)[:80]})", code=1)
+    except Exception as e:                  # numpy's text may hold what is no character
+        fail(f"{path}: mu, sigma or num are not numbers, or features no name ({str(e)[:80]})", code=1)
     if name != net.name or mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
         fail(f"{path} describes {mu.numel()}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
     if digest and net.hash and digest != net.hash:

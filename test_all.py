@@ -2,6 +2,8 @@
 Truths, not calls: closed forms, invariances, independent implementations, and every command as a user types it.
 
 python -m pytest -q test_all.py                                 # about five minutes on two cores
+python test_all.py kills 20                                     # by hand: kill -9 at so many moments of a run
+python test_all.py mutations 600                                # by hand: damaged files of every format, so many seconds
 """
 import argparse
 import contextlib
@@ -11,8 +13,11 @@ import io
 import json
 import math
 import os
+import pathlib
 import pickle
+import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1461,6 +1466,9 @@ def broken_files(d):
     np.save(path("bare"), mu)
     os.rename(path("bare.npy"), path("bare.npz"))
     os.makedirs(path("folder.npz"))
+    np.savez(path("unsaid.npz"), mu=mu, sigma=eye, features=np.frombuffer(b"\xf0\xff\xff\xff", "<U1")[0:1].reshape(()))
+    archive("bytes.npz", {"mu.npy": b"these are no numbers", "sigma.npy": b""})
+    archive("images bytes.npz", {"arr_0.npy": b"these are no images"})
     for name, array in dict(float=np.zeros((9, 16, 16, 3)), flat=np.zeros((9, 768), np.uint8), one=np.zeros((1, 16, 16, 3), np.uint8),
                             grey=np.zeros((9, 16, 16), np.uint8), none=np.zeros((0, 16, 16, 3), np.uint8)).items():
         np.savez(path(f"images {name}.npz"), arr_0=array)
@@ -1499,10 +1507,10 @@ BAD_FILES = [                               # script, options in which {} is the
         mu="3-d", keys="mu and sigma", nan="NaN", inf="NaN or infinite", skew="not symmetric", text="not numbers",
         negative="negative eigenvalues", cube="64-d", scalar="1-d", objects="allow_pickle", only="mu and sigma", num="not numbers",
         endless="not numbers", other="inception", weights="other weights", complex="not numbers", empty="0-d", bomb="not a readable",
-        plain="not a readable", bare="not a readable").items()],
+        plain="not a readable", bare="not a readable", bytes="not a readable", unsaid="no name").items()],
     ("fid", ["--images={}/plain.npz", "--real={}/folder.npz"], 2, "no statistics"),
     *[("fid", ["--features=tiny", "--images={}/images %s.npz" % name], 1, said) for name, said in dict(
-        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)", none="holds 0").items()],
+        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)", none="holds 0", bytes="no array").items()],
     ("fid", ["--images={}/plain.npz"], 1, "not a readable .npz"), ("fid", ["--images={}/bomb.npz"], 1, "needed are images"),
     *[("sample", ["--ckpt={}/%s" % name], 1, said) for name, said in {
         "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict", "empty.pt": "no SiT",
@@ -1674,6 +1682,16 @@ def test_states_that_are_no_states(tmp_path):
     assert not os.path.exists("PWNED")
     (tmp_path / "log.jsonl").unlink()
     assert "cannot write" in mistakes(train_rl, *argv)[1]
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    """The first few of `python test_all.py mutations`."""
+    sys.addaudithook(watch)
+    counts = dict(read=0, refused=0)
+    for form, parts in samples_of_formats(str(tmp_path)).items():
+        for seed in range(6):
+            counts[mutation(form, seed, parts, str(tmp_path))] += 1
+    assert min(counts.values()) > 8, counts
 
 
 def test_classes_that_do_not_match(tmp_path):
@@ -2426,5 +2444,196 @@ def test_every_command_of_the_readme_exists():
         assert option in by_name[script], f"README: {script} has no --{option}"
 
 
-if __name__ == "__main__":                  # under torchrun, by test_sharded_over_ranks_is_the_same_set
-    sharded_figures(sys.argv[1])
+# ---- Long checks, by hand -------------------------------------------------------------------------------------------
+
+def kills(count, seed=0):
+    """train_rl.py killed -9 at `count` random moments, each third in a save, and resumed: as if nothing had happened."""
+    rng, hit = random.Random(seed), dict(start=0, iteration=0, save=0)
+    with tempfile.TemporaryDirectory() as folder:
+        out = {k: pathlib.Path(folder, k) for k in "wb"}
+        argv = [sys.executable, "train_rl.py", *SHORT, f"--iters={4 * count}", "--save_every=1", "--resume", "--out"]
+        begin = lambda k: subprocess.Popen([*argv, out[k]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert begin("w").wait() == 0
+        log, part = out["b"] / "log.jsonl", out["b"] / "state.pt.part"
+        for i in range(count):
+            moment = ("iteration", "save", "save" if i % 2 else "start")[i % 3]
+            before = log.stat().st_size if log.exists() else 0
+            with begin("b") as process:
+                if moment == "start":
+                    time.sleep(rng.uniform(0, 10))
+                else:
+                    while process.poll() is None and (not log.exists() or log.stat().st_size <= before):
+                        time.sleep(0.001)
+                    time.sleep(rng.uniform(0, 1))
+                    while moment == "save" and process.poll() is None and not part.exists():
+                        time.sleep(0.0002)
+                process.kill()
+            assert process.returncode == -signal.SIGKILL, "the run ended before it was killed; give it more iterations"
+            hit["save" if part.exists() else moment if moment == "start" else "iteration"] += 1
+            lines = log.read_bytes().count(b"\n") if log.exists() else 0
+            print(f"kill {i + 1}: {moment}, {lines} iterations logged", flush=True)
+        assert begin("b").wait() == 0
+        assert left(out["b"]) == left(out["w"]), "the runs differ"
+    print(f"{count} kills {hit}: log and checkpoint equal those of the uninterrupted run, bit for bit")
+
+
+def mutated(data, rng):
+    """Bytes with random damage, more often near their ends, where headers and directories are."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
+        size = max(1, len(data))
+        i = rng.choice((rng.randrange(size), rng.randrange(min(size, 300)), size - 1 - rng.randrange(min(size, 300))))
+        n = rng.choice((1, 1, 2, 4, 8, rng.randrange(1, 100)))
+        kind = rng.randrange(7)
+        if kind == 0:
+            del data[i:]
+        elif kind == 1:
+            del data[i:i + n]
+        elif kind == 2:
+            data[i:i] = data[i:i + n] * rng.choice((1, 2, 1000))
+        elif kind == 3:
+            data[i:i + n] = rng.randbytes(n)
+        elif kind == 4:
+            data[i:i + n] = rng.choice((b"\0", b"\xff", b"\x7f", b"9", b"(")) * n
+        elif data[i:i + 1]:
+            data[i] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def mutated_members(data, rng):
+    """A zip one of whose members is damaged and which is whole itself."""
+    found = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(found, "w") as new:
+        victim = rng.choice(old.namelist())
+        for name in old.namelist():
+            new.writestr(name, mutated(old.read(name), rng) if name == victim else old.read(name))
+    return found.getvalue()
+
+
+def samples_of_formats(folder):
+    """{name: (bytes of a good file, its name, a function that reads it)}."""
+    picture, found = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), {}
+    images = lambda path: list(models.image_batches(os.path.dirname(path) if "pictures" in path else path, 16))
+    for form in ("png", "jpeg", "webp"):
+        data = io.BytesIO()
+        picture.save(data, form)
+        found[form] = data.getvalue(), f"pictures/a.{form}", images
+    archive, arrays, moments = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        for i in range(3):
+            z.writestr(f"c{i}/a.png", found["png"][0])
+    np.savez(arrays, arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez(moments, mu=np.zeros(64), sigma=np.eye(64), num=900, features="tiny", hash="")
+    tiny = types.SimpleNamespace(name="tiny", dim=64, hash="")
+    other = types.SimpleNamespace(name="inception", dim=64, hash="")
+
+    def network(path):
+        model = models.load(path)
+        for k in (0, model.num_classes):
+            model(torch.zeros(1, *model.shape), torch.full((1,), 0.5), torch.tensor([k]))
+
+    def state(path):
+        c = models.configure(dict(vars(train_rl)), ["--out", os.path.dirname(path), "--changed"])
+        train_rl.read_state(c)
+
+    edm2, sit, kept = (os.path.join(folder, name) for name in ("e.pt", "s.pt", "state.pt"))
+    random_edm2(edm2, img_resolution=4, channel_mult=[1])
+    models.save(sit, models.init_sit(models.SiT(1, 64, 4, (3, 8, 8), 4, 2)))
+    torch.save(dict(config={}, at=dict(it=1), model={}, average={}, courses=[]), kept)
+    read = lambda path: open(path, "rb").read()
+    vae = write_vae(pathlib.Path(folder) / "v.safetensors")
+    return found | {
+        "zip": (archive.getvalue(), "a.zip", images),
+        "npz images": (arrays.getvalue(), "a.npz", lambda path: list(fid.npz_images(path, 0, 16))),
+        "npz statistics": (moments.getvalue(), "a.npz", lambda path: fid.read_statistics(path, tiny)),
+        "pkl statistics": (read(path_of("ref_edm2.pkl")), "a.pkl", lambda path: fid.read_statistics(path, other)),
+        "pkl network": (read(path_of("malicious_edm2_src.pkl")), "a.pkl", network),
+        "pt edm2": (read(edm2), "a.pt", network), "pt sit": (read(sit), "a.pt", network), "pt state": (read(kept), "state.pt", state),
+        "pt features": (read(path_of("dinov2_tiny.pt")), "a.pt", lambda path: fid.PublishedNet("dinov2", path, "cpu")),
+        "safetensors": (read(path_of("st_dtypes.safetensors")), "a.safetensors", models.read_safetensors),
+        "vae": (read(vae), "a.safetensors", models.read_vae)}
+
+
+FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect", "shutil.rmtree",
+             "os.remove", "os.rename", "os.mkdir", "os.chdir", "os.symlink", "pty.spawn", "ctypes.dlopen")
+
+
+def mutation(form, seed, parts, folder):
+    """'read' or 'refused' for one damaged file; an AssertionError or any other error is a find."""
+    data, name, reader = parts
+    rng = random.Random(f"{form} {seed}")
+    deep = zipfile.is_zipfile(io.BytesIO(data)) and rng.random() < 0.5
+    path = os.path.join(folder, form, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write((mutated_members if deep else mutated)(data, rng))
+    watching.append([])
+    err, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            reader(path)
+    except SystemExit as e:
+        code = e.code
+    done = watching.pop()
+    assert not done, f"executed: {done}"
+    errors = re.findall("^error: .", err.getvalue(), flags=re.M)
+    assert code in (0, 1, 2) and len(errors) == bool(code) and "Traceback" not in err.getvalue(), (code, err.getvalue())
+    return "refused" if code else "read"
+
+
+watching = []
+
+
+def watch(event, args):
+    if watching and "torchinductor" not in str(args[:1]) and (event in FORBIDDEN or event == "open" and isinstance(args[2], int) and args[2] & 3):
+        watching[-1].append((event, str(args)[:80]))
+
+
+def mutations(seconds, seed=0):
+    """Files of every format, damaged at random: read or refused in one line, nothing executed, no crash, no hang."""
+    sys.addaudithook(watch)
+    with tempfile.TemporaryDirectory() as folder:
+        forms, found, count = samples_of_formats(folder), [], {}
+        for form, parts in forms.items():
+            end, counts = time.time() + seconds / len(forms), dict(read=0, refused=0)
+            while time.time() < end:
+                r, w = os.pipe()
+                child = os.fork()
+                if not child:                       # a crash or a hang ends the child; what it said last names the seed
+                    os.close(r)
+                    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+                    while time.time() < end:
+                        os.write(w, f"{seed} ".encode())
+                        signal.alarm(30)
+                        try:
+                            os.write(w, f"{mutation(form, seed, parts, folder)}\n".encode())
+                        except BaseException as e:
+                            os.write(w, f"{type(e).__name__}: {' '.join(str(e).split())[:200]}\n".encode())
+                        seed += 1
+                    os._exit(0)
+                os.close(w)
+                with open(r) as pipe:
+                    lines = pipe.read().split("\n")
+                _, status = os.waitpid(child, 0)
+                for line in lines:
+                    number, _, what = line.partition(" ")
+                    if what in counts:
+                        counts[what] += 1
+                    elif number:
+                        found.append((form, int(number), what or f"ended with status {status}"))
+                        print("found:", *found[-1], flush=True)
+                    seed = int(number or seed) + 1
+            count[form] = counts
+            print(f"{form}: {counts}", flush=True)
+    print(f"{sum(sum(x.values()) for x in count.values())} damaged files, {len(found)} finds")
+    return len(found)
+
+
+if __name__ == "__main__":
+    models.setup()
+    if sys.argv[1] == "kills":
+        kills(int(sys.argv[2]))
+    elif sys.argv[1] == "mutations":
+        sys.exit(bool(mutations(float(sys.argv[2]), int((sys.argv + [0])[3]))))
+    else:                                   # under torchrun, by test_sharded_over_ranks_is_the_same_set
+        sharded_figures(sys.argv[1])

@@ -37,11 +37,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
-from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
-                    read_checkpoint, renoise, save, setup, whole, writable, write)
+from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
+                    is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable, write)
 from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
-from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
-                    trajectory)
+from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
+                    schedule, trajectory)
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -469,8 +469,9 @@ def check(c, world):
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
     if c.advantage == "constant" and c.objective != "forward":
         fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
-    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, save_every=1, micro_batch=1, num_prdc=10, num_real=10,
-                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
+    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
+                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world,
+                            save_every=1).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
