@@ -1481,6 +1481,9 @@ def broken_files(d):
         torch.save(thing, path(f"{name}.pt"))
     stored = open(path("heads.pt"), "rb").read()
     put("cut.pt", stored[:len(stored) // 2])
+    with zipfile.ZipFile(path("list.pt")) as z:
+        members = {key: z.read(key) for key in z.namelist()}
+    archive("cut pickle.pt", {key: b"\x80\x02J\x01" if key.endswith("data.pkl") else x for key, x in members.items()})
     put("nothing.pt")
     put("plain.pt", b"not a checkpoint")
     put("zip.pt", plain)
@@ -1515,7 +1518,7 @@ BAD_FILES = [                               # script, options in which {} is the
     *[("sample", ["--ckpt={}/%s" % name], 1, said) for name, said in {
         "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict", "empty.pt": "no SiT",
         "call.pt": "posix.system", "few.pt": "another shape", "nan.pt": "NaN or infinite values in pos_embed",
-        "heads.pt": "7 heads for width 64", "no heads.pt": "no SiT", "cut.pt": "not a PyTorch", "nothing.pt": "not a PyTorch",
+        "heads.pt": "7 heads for width 64", "no heads.pt": "no SiT", "cut.pt": "not a PyTorch", "cut pickle.pt": "unpack requires", "nothing.pt": "not a PyTorch",
         "plain.pt": "not a PyTorch", "zip.pt": "not a PyTorch", "call.pkl": "posix.system", "list.pkl": "holds no EDM2",
         "nothing.pkl": "EOFError", "deep.pkl": "refused"}.items()],
     ("sample", ["--ckpt={}"], 2, "no checkpoint"), ("sample", ["--guide={}/list.pt"], 1, "needed is a dict"),
@@ -2458,6 +2461,8 @@ def kills(count, seed=0):
         for i in range(count):
             moment = ("iteration", "save", "save" if i % 2 else "start")[i % 3]
             before = log.stat().st_size if log.exists() else 0
+            if moment == "save":
+                part.unlink(missing_ok=True)            # of an earlier kill
             with begin("b") as process:
                 if moment == "start":
                     time.sleep(rng.uniform(0, 10))
@@ -2469,7 +2474,7 @@ def kills(count, seed=0):
                         time.sleep(0.0002)
                 process.kill()
             assert process.returncode == -signal.SIGKILL, "the run ended before it was killed; give it more iterations"
-            hit["save" if part.exists() else moment if moment == "start" else "iteration"] += 1
+            hit["iteration" if moment == "save" and not part.exists() else moment] += 1
             lines = log.read_bytes().count(b"\n") if log.exists() else 0
             print(f"kill {i + 1}: {moment}, {lines} iterations logged", flush=True)
         assert begin("b").wait() == 0

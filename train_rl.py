@@ -66,7 +66,7 @@ guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
 rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
 batch_size = 250 # images in one pass, per rank
-bf16 = False # rollouts and updates in bfloat16, but log-probabilities, path KL and judging; its rounding is like clip
+bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
 reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
 features = ["tiny"] # feature networks of the reward; the changes of several are summed, each over its present distance
