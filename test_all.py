@@ -1216,6 +1216,19 @@ def test_fid_as_typed(tmp_path):
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, err
 
 
+def test_labels_are_balanced_or_random(monkeypatch):
+    """Random labels are uniform, the image's own whatever their number; their error bar holds the variance of classes."""
+    drawn, draw, model, net = [], fid.generate, models.load(), fid.feature_net("factors")
+    real = fid.real_summaries("tiny", [net], "report", 10, 200)
+    monkeypatch.setattr(fid, "generate", lambda m, seeds, y, *rest: drawn.append(y) or draw(m, seeds, y, *rest))
+    for labels, num in (("balanced", 200), ("random", 200), ("random", 150)):
+        row = fid.evaluate(model, [net], real, num, steps=2, num_prdc=num, labels=labels)["factors"]
+        stratum = drawn[-1] if labels == "balanced" else None
+        assert len(drawn[-1]) == num and row["fid_se"] == reward.standard_error(row["psi"], stratum)
+    assert torch.equal(drawn[0], torch.arange(200) % 10) and torch.equal(drawn[2], drawn[1][:150])
+    assert drawn[1].bincount(minlength=10).float().std() > 1 and "balanced or random" in mistakes(fid, "--labels=all")[1]
+
+
 def test_reward_as_typed():
     code, out, _ = run(reward, "--dim=16", "--num=200", "--subset=5", "--candidates=3")
     errors = re.findall(r"^gain: determinants +\S+ ms +(\S+)", out, flags=re.M)
