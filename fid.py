@@ -23,13 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
                     is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
                     writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import NOISE, generate, image_seeds, load_guided, schedule
+from sample import NOISE, generate, image_seeds, load_guided, schedule, watched
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -383,6 +382,17 @@ def read_statistics(path, net, device="cpu"):
     return Summary(num, mu.to(device), cov.to(device), None)
 
 
+def stored_moments(path, net, device):
+    """Moments as the images behind a file of statistics left them; their number has to be in it."""
+    num, mu, cov, _ = read_statistics(path, net, device)
+    if num <= net.dim:
+        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
+    moments = Moments(net.dim, device)
+    moments.weight = moments.squares = float(num)
+    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
+    return moments
+
+
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with open(path + ".part", "wb") as f:
@@ -489,12 +499,10 @@ def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.9, last=0.0, 
         classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
     sampler = schedule(sampler, steps, noise, last, model.sigmas).sampler
     batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise, last)
-    bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
-               disable=rank > 0 or None, leave=False)
-    shown = []
+    shown, total = [], -(-len(indices) // batch_size)
 
     def keeping():
-        for batch in bar:
+        for batch in watched(batches, total, desc=f"drawing {num} ({sampler})", leave=False):
             if sum(map(len, shown)) < keep:
                 shown.append(batch)
             yield batch

@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from datetime import timedelta
 from functools import lru_cache
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -1164,6 +1165,15 @@ def print0(*args):
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, flush=True)
+
+
+def announce(done, total, unit, seconds):
+    """Say how long all of a run will take, if over three minutes, after its first part, and the memory that it took."""
+    if done < total and seconds * total / done > 180 and dist.get_rank() == 0:
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+        tqdm.write(f"first {done} of {total} {unit} in {seconds:.1f} s: all in about {seconds * total / done / 60:.1f} "
+                   f"minutes; memory so far {peak:.2f} GB")
 
 
 def main(argv=None):

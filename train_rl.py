@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
+from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
 from models import (CLASSES, Config, Stop, check_classes, configure, fail, gather, image_size, is_statistics, print0,
                     read_checkpoint, renoise, save, setup, writable, write)
-from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
+from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
 from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid, schedule,
                     trajectory)
 
@@ -157,17 +157,6 @@ def strongest(advantages, top):
     return selected
 
 
-def stored_moments(path, net, device):
-    """Moments as the images behind a file of statistics left them; their number has to be in it."""
-    num, mu, cov, _ = read_statistics(path, net, device)
-    if num <= net.dim:
-        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
-    moments = Moments(net.dim, device)
-    moments.weight = moments.squares = float(num)
-    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
-    return moments
-
-
 class Nets:
     """Feature networks as one: their features side by side."""
     def __init__(self, nets):
@@ -176,11 +165,6 @@ class Nets:
 
     def __call__(self, images):
         return torch.cat([net(images) for net in self.nets], dim=1)
-
-
-def long_enough(memory, batch, dim):
-    """Memory of moments whose effective number of images, batch (1 + memory) / (1 - memory), is at least 5 dim."""
-    return max(memory, (5 * dim - batch) / (5 * dim + batch))
 
 
 class ImageCredit:
