@@ -480,8 +480,8 @@ LATENTS = {
 
 def attach_vae(model, path):
     """
-    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => uint8 images (B, 3, 8h, 8w)
-    by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
+    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => images (B, 3, 8h, 8w) from
+    0 to 255, float32, by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
     model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
     """
     if model.shape[0] == 3:
@@ -496,11 +496,10 @@ def attach_vae(model, path):
     w = {name: x.to(device) for name, x in read_vae(path).items()}
     scale, mean = (torch.tensor(convention[k], device=device).view(1, -1, 1, 1) for k in ("scale", "mean"))
 
-    @torch.no_grad()
     def vae(x):
         chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
         images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
-        return (convention["gain"] * images + convention["offset"]).clamp(0, 255).to(torch.uint8)
+        return (convention["gain"] * images + convention["offset"]).clamp(0, 255)
 
     model.vae = vae
     return model

@@ -260,14 +260,16 @@ def trajectory(model, seeds, labels, plan):
     yield x, None
 
 
-def decode(model, x):
+def decode(model, x, quantize=True):
     """
     What a model draws, (B, 3, H, W) in [-1, 1] or latents (B, 4, h, w) => uint8 images, as EDM2's and SiT's code:
-    truncated, not rounded. Exit code 2 if latents have no decoder.
+    truncated, not rounded; or float32 from 0 to 255, not quantised. Exit code 2 if latents have no decoder.
     """
     if model.shape[0] == 3:
-        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
+        images = (x * 127.5 + 128).clamp(0, 255)
+    else:
+        images = (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
+    return images.to(torch.uint8) if quantize else images
 
 
 @torch.no_grad()

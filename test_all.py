@@ -826,6 +826,64 @@ def test_forward_objective_moves_towards_good_images():
         assert fit() < before, "a positive advantage fits the velocity to the image"
 
 
+def test_controls_of_the_advantage():
+    credit = lambda features, labels, bound: (features[:, 0] - features[:, 0].mean(), features[:, 0])
+    features, labels = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 10
+
+    def advantages(**options):
+        c = models.Config(dict(bound=5.0, advantage="reward", top=1.0, **{}) | options)
+        return train_rl.advantages_of(credit, features, labels, c, torch.Generator().manual_seed(0))[0]
+
+    plain, shuffled, best = advantages(), advantages(advantage="random"), advantages(advantage="rejection", top=0.25)
+    assert not torch.equal(plain, shuffled) and torch.equal(plain.sort().values, shuffled.sort().values)
+    assert (advantages(advantage="constant") == -1).all() and (advantages(advantage="zero") == 0).all()
+    assert best.sum() == 10 and features[best == 1, 0].min() > features[best == 0, 0].max(), "the best quarter, nothing else"
+
+
+def test_advantage_one_is_training_on_the_images():
+    """At the rollout policy the forward loss of A = 1 has the gradient of flow matching, so rejection is fine-tuning."""
+    model, plan, labels, states, _ = rolled_out(10, "euler")
+    pairs = train_rl.forward_pairs(model, states, labels, torch.ones(10), 1, torch.Generator().manual_seed(0), 0, 1)
+    gradients = []
+    for loss in (lambda: train_rl.forward_loss(model, pairs, None, 1.0)[0].mean(),
+                 lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean() / 2):
+        model.zero_grad()
+        loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert error(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["flow", "euler"])
+def test_pathwise_gradient_is_the_slope_of_the_reward(name):
+    model, plan, labels, states, velocities = rolled_out(30, name)
+    net = lambda images: images.flatten(1).float() @ projection / 255
+    projection = torch.randn(768, 4, generator=torch.Generator().manual_seed(1)) / 10
+    real = torch.eye(4).double()
+    start = net(sample.decode(model, states[-1]))
+    stream = reward.Stream(start, torch.zeros(4).double(), real, 0.5)
+    pairs = train_rl.pathwise_pairs(states, velocities, labels, plan, 3)
+    loss_of = lambda: train_rl.pathwise_loss(model, model, pairs, plan, net, stream)[0]
+    loss_of().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    scale = stream.influence(start).std()
+
+    def value(h):           # the mean first variation on the same noise, images not quantised, weights moved by h
+        with torch.no_grad():
+            params = [p for p in model.parameters() if p.grad is not None]
+            torch._foreach_add_(params, gradients, alpha=h)
+            x = pairs["x"]
+            for j in range(3):
+                k = len(plan.t) - 3 + j
+                v = model(x, torch.full((30,), plan.t[k]), labels)
+                x = sample.gaussian_step(plan, k, x, v)[0] + pairs["noise"][:, j]
+            torch._foreach_add_(params, gradients, alpha=-h)
+            return (stream.influence(net(sample.decode(model, x, quantize=False))).mean() / scale).item()
+
+    squares = sum(g.square().sum() for g in gradients).item()
+    h = 1e-3 / math.sqrt(squares)
+    assert math.isclose((value(h) - value(-h)) / (2 * h), squares, rel_tol=0.03)
+
+
 # ---- Data, checkpoints ----------------------------------------------------------------------------------------------
 
 def test_tiny_world_is_its_index():
@@ -1215,6 +1273,8 @@ def test_train_rl_as_typed(tmp_path):
     ["--objective=ppo"], ["--credit=subset", "--subset=10"],
     ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
     ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
+    ["--objective=pathwise", "--horizon=2"], ["--objective=forward", "--advantage=rejection", "--top=0.3"],
+    ["--objective=forward", "--advantage=random", "--offset=-0.5"],
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],

@@ -71,15 +71,17 @@ reference = 2000 # images of the generated reference set: its size (subset, kid,
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
-advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
+advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`, else 0)
+offset = 0.0 # added to every advantage of the forward objective: below 0 a drift away from the model's own images
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
+objective = "both" # ppo: policy gradient; forward: re-noised clean images; both: in turn; pathwise: reward's gradient
 forward_every = 2 # one iteration in so many is the forward objective's (objective=both)
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
+horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam, ppo; most of its steps are cut by kl_limit; 0: 1e-4 for SiT, 1e-3 for EDM2
 lr_forward = 0.0 # Adam, forward; 0: 3e-5 for SiT, 3e-4 for EDM2
@@ -92,6 +94,7 @@ micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 # how it is judged
 judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
+stream = "report" # which noise and real images judge: report, or select to choose options by
 num_real = 50000 # real images of the tiny world, each for reward and judging; of a folder each gets half
 num_prdc = 3000 # KID and the neighbour metrics use the first so many
 eval_full = False # also evaluate with 5 times the steps
@@ -251,16 +254,21 @@ class SubsetCredit:
         self.rng.set_state(state["rng"])
 
 
-def advantages_of(reward_of, features, labels, c):
+def advantages_of(reward_of, features, labels, c, rng):
     """Advantages (n,) of the rollout's images, and the rewards behind them: per image, or per subset."""
     try:
         advantages, reward = reward_of(features, labels, c.bound)
     except ValueError as e:
         fail(f"{e}; raise --batch or --reference, or try another --credit or --features", code=1)
-    if c.top < 1:
+    if c.advantage == "rejection":
+        advantages = (reward >= reward.quantile(1 - c.top)).to(reward)
+    elif c.advantage == "random":
+        advantages = advantages[torch.randperm(len(advantages), generator=rng).to(advantages.device)]
+    elif c.advantage != "reward":
+        advantages = torch.full_like(advantages, -1.0 if c.advantage == "constant" else 0.0)
+    elif c.top < 1:
         advantages = strongest(advantages, c.top)
-    advantages = advantages.repeat_interleave(len(features) // len(advantages))     # a subset's images share its gain
-    return -torch.ones_like(advantages) if c.advantage == "constant" else advantages, reward
+    return advantages.repeat_interleave(len(features) // len(advantages)), reward       # a subset's images share its gain
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -309,6 +317,28 @@ def forward_loss(model, part, old, proximal):
     pull = ((part["u"] - old) * v).flatten(1).mean(1)
     push = (v - old).square().flatten(1).mean(1)
     return part["weight"] * (-part["advantage"] * pull + proximal / 2 * push), old, 0.0
+
+
+def pathwise_pairs(states, velocities, labels, plan, horizon):
+    """Where each image's last `horizon` steps begin, and the noise of these steps. A dict as ppo_pairs'."""
+    K = len(plan.t)
+    noise = [states[k + 1] - gaussian_step(plan, k, states[k], velocities[k])[0] for k in range(K - horizon, K)]
+    return dict(x=states[K - horizon], noise=torch.stack(noise, dim=1), y=labels)
+
+
+def pathwise_loss(model, generator, part, plan, net, reference):
+    """
+    First variation of each image, over its standard deviation, with its gradient through the features, the decoder
+    (quantised: straight through) and the last steps of the sampler on the same noise. Returns loss (b,), None, 0.
+    """
+    x, horizon = part["x"], part["noise"].shape[1]
+    for j in range(horizon):
+        k = len(plan.t) - horizon + j
+        v = model(x, x.new_full((len(x),), plan.t[k].item()), part["y"]).float()
+        x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
+    images = decode(generator, x, quantize=False)
+    psi = reference.influence(net(images + (images.to(torch.uint8) - images).detach()))
+    return psi / psi.std().detach().clamp(min=1e-12), None, 0.0
 
 
 def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
@@ -373,7 +403,7 @@ def judge_model(model, nets, real, floors, samplers, c):
     rows, images = [], None
     for name, steps in samplers:
         last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
-        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.seed, "report", c.num_prdc,
+        found = evaluate(model, nets, real, c.num, name, steps, c.noise, last, c.seed, c.stream, c.num_prdc,
                          c.batch_size, keep=min(c.num, 200))
         images = found["images"] if images is None else images
         for net in nets:
@@ -422,7 +452,8 @@ def histograms(before, after, real, floor):
 def check(c, world):
     """Everything on the command line that cannot work, before anything is loaded."""
     for name, choices in (("reward", ("fd", "kid", "mmd", "sample")), ("credit", ("image", "subset")),
-                          ("objective", ("ppo", "forward", "both")), ("advantage", ("reward", "constant"))):
+                          ("objective", ("ppo", "forward", "both", "pathwise")), ("stream", ("report", "select")),
+                          ("advantage", ("reward", "zero", "random", "constant", "rejection"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
     if c.batch % world:
@@ -431,8 +462,12 @@ def check(c, world):
         fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
     if c.credit == "subset" and c.reference < c.subset:
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
-    if c.advantage == "constant" and c.objective != "forward":
-        fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
+    if c.advantage in ("constant", "rejection") and c.objective != "forward":
+        fail(f"advantages that are not centred only add noise to ppo; --advantage={c.advantage} needs --objective=forward")
+    if c.advantage == "rejection" and c.top == 1:
+        fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
+    if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample" or not 1 <= c.horizon <= c.steps):
+        fail(f"--objective=pathwise needs --credit=image, a distribution-wise --reward and 1 to {c.steps} steps of horizon")
     for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
                             refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
@@ -466,8 +501,10 @@ def check(c, world):
     # An option that would do nothing is a mistake too.
     idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
             "credit=subset": ("memory", "moments"), "moments": ("reference",),
-            "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
+            "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every", "offset", "horizon"),
+            "objective=forward": ("clip", "lr", "kl_limit", "forward_every", "horizon"), "objective=both": ("horizon",),
+            "objective=pathwise": ("proximal", "lr_forward", "rollout", "forward_every", "offset", "clip", "times", "top",
+                                   "advantage", "bound")}
     for where in (f"reward={c.reward}", f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
@@ -506,11 +543,11 @@ def begin(c, objective, plan, stored, draw, real, nets, params):
         reward_of = ImageCredit(reference)
     else:
         reward_of = SubsetCredit(reference, labels, c.subset, c.seed)
-    lr = c.lr if objective == "ppo" else c.lr_forward
+    lr = c.lr_forward if objective == "forward" else c.lr
     return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
 
 
-def learn(c, ddp, course, states, velocities, mine, advantages, it):
+def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
     """
     The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so that
     it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and the seconds.
@@ -518,11 +555,14 @@ def learn(c, ddp, course, states, velocities, mine, advantages, it):
     rank, world = dist.get_rank(), dist.get_world_size()
     params = [p for p in ddp.parameters() if p.requires_grad]
     clock, start = [time.perf_counter()], [p.detach().clone() for p in params]
-    rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
     if course.objective == "ppo":
         pairs = ppo_pairs(states, mine, advantages[rank::world], course.plan, c.times, rng, rank, world)
         loss_of = lambda m, part, old: ppo_loss(m, part, old, course.plan, c.clip)
+    elif course.objective == "pathwise":
+        pairs = pathwise_pairs(states, velocities, mine, course.plan, c.horizon)
+        loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
     else:
+        advantages = advantages + c.offset
         pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, rng, rank, world)
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
     lr = course.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else course.lr
@@ -596,16 +636,17 @@ def train(c, model, nets, real, plans, stop, stored=None):
         at["drawn"] += c.batch
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
+        rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
         row, finite, seconds = dict(it=it, objective=course.objective), bool(features.isfinite().all()), []
         if finite:
-            advantages, reward = advantages_of(course.reward_of, features, labels, c)
+            advantages, reward = advantages_of(course.reward_of, features, labels, c, rng)
             if c.credit == "subset" and not c.refresh:
                 course.reward_of.push(features, labels)
             row |= {"fd" if c.reward == "sample" else c.reward: course.reward_of.fd, "reward": reward.mean().item(),
                     "reward_std": reward.std().item(), **course.reward_of.checks}
         clock.append(time.perf_counter())
         if finite:
-            learned, seconds = learn(c, ddp, course, states, velocities, mine, advantages, it)
+            learned, seconds = learn(c, ddp, course, nets, states, velocities, mine, advantages, it, rng)
             row |= learned
             finite = math.isfinite(row["grad_norm"]) and math.isfinite(row["kl"] or 0)
         if finite:
@@ -633,7 +674,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
 # ---- What a run leaves behind --------------------------------------------------------------------------------------
 
 # Options that a resumed run may change without being told: they are not of the training.
-FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "num_prdc", "eval_full")
+FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "stream", "num_prdc", "eval_full")
 
 
 def of_the_run(c):
@@ -742,7 +783,8 @@ def run(c, stop):
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
     plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
-             for objective, name in (("ppo", c.sampler), ("forward", c.rollout)) if c.objective in (objective, "both")}
+             for objective, name in (("ppo", c.sampler), ("forward", c.rollout), ("pathwise", c.sampler))
+             if objective == c.objective or c.objective == "both" and objective != "pathwise"}
     if "ppo" in plans and not len(plans["ppo"].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
@@ -773,7 +815,7 @@ def run(c, stop):
     if c.num:
         samplers = [(name, steps_of(name)) for name in (c.sampler, FAMILIES[model.family]["rollout"])]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
-        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size)
+        real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
         real_floor = {} if is_statistics(c.real) else real_summaries(
             c.real, judges, "floor", c.num_prdc, c.num, device, size)
         floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
