@@ -1108,7 +1108,13 @@ def inception_file(tmp_path_factory):
     return path
 
 
-def test_inception_golden(inception_file):
+def spied(patch, name, seen):
+    """torch.nn.functional's `name`, of which every (input, output) is kept in `seen`."""
+    f = getattr(fid.F, name)
+    patch.setattr(fid.F, name, lambda x, *rest, **more: (seen.append((x, f(x, *rest, **more))), seen[-1][1])[1])
+
+
+def test_inception_golden(inception_file, monkeypatch):
     g, weights = golden("inception.npz"), torch.load(inception_file, weights_only=True)
     assert sorted(weights) == sorted(g["all_keys"])
     assert sum(w.numel() for k, w in weights.items() if "running" not in k and w.dim()) == 23850960
@@ -1120,13 +1126,28 @@ def test_inception_golden(inception_file):
         assert error(fid.resize_tf1(torch.from_numpy(g[f"resize_{k}_in"]).float(), exact.shape[2:]), exact) < 1e-6, k
     net = fid.feature_net("inception", inception_file)
     assert (net.dim, net.size, net.name) == (2048, None, "inception") and net.hash == fid.sha256(inception_file)
-    for size in (64, 256, 299):
+    pools = []
+    spied(monkeypatch, "max_pool2d", pools)
+    for size in (299, 256, 64):
+        pools.clear()
         features = net(torch.from_numpy(g[f"images_{size}"]))
         assert features.dtype == torch.float32 and error(features, g[f"pool_{size}"]) < 1e-5, size
+        logits = features @ net.w["fc.weight"].T
+        assert error(logits, g[f"logits_nobias_{size}"]) < 1e-5 and error(logits + net.w["fc.bias"], g[f"logits_{size}"]) < 1e-5
+    for tap, x in (("64", pools[0][1]), ("192", pools[1][1]), ("768", pools[3][0])):
+        assert error(x.mean((2, 3)), g[f"tap{tap}_64"]) < 1e-5, tap
 
 
-def test_dinov2_golden():
-    g, net = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt"))
+def test_dinov2_golden(monkeypatch):
+    g, net, norms = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt")), []
+    spied(monkeypatch, "layer_norm", norms)
+    net(torch.from_numpy(g["images_224"]))
+    assert error(norms[-1][1][:, 1:].mean(1), g["patch_mean_224"]) < 1e-5
+    for size in (64, 300):                                  # whoever resizes with PIL beforehand gets the metric's slow mode
+        resized = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).resize((224, 224), Image.Resampling.BICUBIC))
+                            for x in g[f"images_{size}"]]).transpose(0, 3, 1, 2)
+        assert np.array_equal(resized[:1], g[f"resized_pil_{size}"])
+        assert error(net(torch.from_numpy(resized)), g[f"cls_pil_{size}"]) < 1e-5, size
     for size in ("224", "torch_64", "torch_300"):
         assert error(net(torch.from_numpy(g[f"images_{size.split('_')[-1]}"])), g[f"cls_{size}"]) < 1e-5, size
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
@@ -1912,6 +1933,21 @@ def test_merge_through_torchrun(tmp_path):
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = (torch.tensor(json.load(open(tmp_path / k / "merge.json"))["coefficients"]["rl"]) for k in "12")
     assert (one - two).abs().max() < 1e-4, (one, two)
+
+
+def test_merge_from_files_of_statistics(tmp_path):
+    """Stored moments and statistics of real images: two images a candidate are enough, in as many dimensions as there are."""
+    real, moments = tmp_path / "r.npz", tmp_path / "m.npz"
+    for path, stream in ((real, "report"), (moments, "select")):
+        assert run(fid, "--features=tiny", "--num_real=300", "--stream", stream, "--stats", path)[0] == 0
+    argv = ["--ckpts", *SNAPSHOTS[:2], "--real", real, "--steps=2", "--images=2", "--pairs=1", "--judges=tiny", "--num=4",
+            "--out", tmp_path / "o"]
+    code, out, err = run(merge_rl, *argv, "--moments", moments, "--budget=8", "--json", tmp_path / "m.json")
+    found = json.load(open(tmp_path / "m.json"))
+    assert code == 0 and re.search(r"rl +8 .*-  +-\n", out), (out, err)
+    assert len(found["candidates"]) == 4 and len({x["reward"] for x in found["candidates"]}) == 4
+    assert "more images than features" in mistakes(merge_rl, *argv, "--reference=4", "--budget=8")[1]
+    assert "in place of" in mistakes(merge_rl, *argv, "--moments", moments, "--credit=subset")[1]
 
 
 def test_merge_mistakes(tmp_path):
