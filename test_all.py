@@ -1811,6 +1811,26 @@ def test_edm2_as_typed(tmp_path):
     assert (draw() != draw("--S_churn=30")).any() and (draw() != draw("--official")).any()
 
 
+def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
+    """--ckpt=edm2-tiny by its name, killed and resumed bit for bit; the base and what came of it are merged."""
+    monkeypatch.setattr(models, "ASSETS", str(tmp_path))
+    base = random_edm2(tmp_path / "edm2-tiny.pt", model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
+    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=3", "--save_every=1"]
+    assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
+    killed_at(5, [*argv, "--out", tmp_path / "b"])
+    code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
+    assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
+    code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20", "--pairs=1",
+                         "--reference=80", "--budget=120", "--steps=2", "--judges=tiny", "--num=20", "--num_real=60", "--out",
+                         tmp_path / "m")
+    assert code == 0 and "unet.enc.16x16: " in out, err
+    merged, tuned = (models.load(str(tmp_path / k)).state_dict() for k in ("m/merged.pt", "w/ckpt.pt"))
+    w = torch.tensor(json.load(open(tmp_path / "m" / "merge.json"))["coefficients"]["rl"])
+    groups, name = json.load(open(tmp_path / "m" / "merge.json"))["groups"], "unet.dec.16x16_block0.conv_res0.weight"
+    a, b = w[groups.index("unet.dec.16x16")].tolist()
+    assert torch.allclose(merged[name], a * base.state_dict()[name] + b * tuned[name], atol=1e-5) and abs(a + b - 1) < 1e-5
+
+
 def test_edm2_mistakes(tmp_path):
     path, sit = tmp_path / "e.pt", os.path.join(models.ASSETS, "sit-tiny.pt")
     random_edm2(path)
