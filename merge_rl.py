@@ -274,6 +274,8 @@ def rl(search, c, G, K):
         reference = ReferenceSet(first, search.real.mu, search.real.cov) if c.credit == "subset" else None
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
     iters, memory = (c.budget - search.drawn) // per_iteration, long_enough(c.memory, per_iteration, d)
+    if memory > c.memory and not reference:
+        print0(f"note: memory is raised to {memory:.3f}, for an effective number of {5 * d} images in {d} dimensions")
 
     def by_image(it, mean, ws):
         f = search.draw(ws, c.images, c.reference + it * c.images)

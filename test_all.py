@@ -1815,9 +1815,9 @@ def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
     """--ckpt=edm2-tiny by its name, killed and resumed bit for bit; the base and what came of it are merged."""
     monkeypatch.setattr(models, "ASSETS", str(tmp_path))
     base = random_edm2(tmp_path / "edm2-tiny.pt", model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
-    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=3", "--save_every=1"]
+    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=2", "--save_every=1"]
     assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
-    killed_at(5, [*argv, "--out", tmp_path / "b"])
+    killed_at(4, [*argv, "--out", tmp_path / "b"])
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
     assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
     code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20", "--pairs=1",
