@@ -1223,8 +1223,8 @@ def test_latent_model_end_to_end(tmp_path):
     code, out, err = run(fid, "--images", images, *net, "--stats", tmp_path / "stats.npz")
     assert code == 0 and "70 images" in out, err
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
-    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--credit=subset", "--subset=2", "--batch=4",
-                         "--reference=20", "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
+    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
+                         "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
     assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
     assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
