@@ -812,7 +812,8 @@ def run(c, stop):
                f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: {c.objective} on {' and '.join(plan.sampler for plan in plans)}; {c.credit} credit of {c.reward} in {nets.name} ({nets.dim}-d)\n"
+           f"{c.steps} steps: {c.objective} on {' and '.join(plan.sampler for plan in plans)}; {c.credit} credit of "
+           f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
            + memory_estimate(c, model, nets, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
