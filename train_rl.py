@@ -1,10 +1,12 @@
 """
-Policy-gradient fine-tuning of an image generator whose reward is an improvement of FID.
+Fine-tuning of an image generator by reinforcement learning whose reward is an improvement of FID.
 
 One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
 property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
 paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
+--objective=ppo is the paper's policy gradient through the noisy steps of the SDE; the default, forward, learns faster
+here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
