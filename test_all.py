@@ -938,13 +938,13 @@ def test_folder_and_zip_are_the_same(tmp_path):
 
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
-    quick = [o for o in QUICK if not o.startswith(("--iters", "--forward_every", "--num="))]
-    code, _, err = run(train_rl, *quick, "--iters=6", "--forward_every=3", "--credit=subset", "--subset=10", "--refresh=2",
+    quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
+    code, _, err = run(train_rl, *quick, "--iters=5", "--credit=subset", "--subset=10", "--refresh=2",
                        "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
-    # Turns of ppo: iterations 0 1 3 4, of forward: 2 5; ppo redraws 200 images at its third turn, forward has two only.
-    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 320, 120, 120]
+    # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
+    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 120, 320]
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -1266,7 +1266,7 @@ def test_images_as_they_are(tmp_path):
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
-QUICK = ["--iters=2", "--forward_every=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
+QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
          "--num_prdc=50", "--steps=4"]
 
 
@@ -1293,16 +1293,15 @@ def test_train_rl_as_typed(tmp_path):
 @pytest.mark.parametrize("options", [
     ["--objective=ppo"], ["--credit=subset", "--subset=10"],
     ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
-    ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
-    ["--objective=pathwise", "--horizon=2"], ["--objective=forward", "--advantage=rejection", "--top=0.3"],
-    ["--objective=forward", "--advantage=random", "--offset=-0.5"],
+    ["--rollout=flow", "--times=3"], ["--advantage=constant"], ["--top=0.3"],
+    ["--objective=pathwise", "--horizon=2"], ["--advantage=rejection", "--top=0.3"],
+    ["--advantage=random", "--offset=-0.5"],
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
-    quick = [o for o in QUICK if "forward_every" not in o or not any("objective" in p for p in options)]
-    code, out, err = run(train_rl, *quick, "--num=0", "--out", tmp_path, *options)
+    code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
     assert code == 0, err
     base, tuned = models.load(), models.load(str(tmp_path / "ckpt.pt"))
     change = sum((a - b).abs().sum() for a, b in zip(base.state_dict().values(), tuned.state_dict().values()))
@@ -1410,9 +1409,9 @@ def test_mistakes_end_in_one_line(tmp_path):
     table = [
         (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"), (train_rl, ["stray"], 2, "stray"),
         (train_rl, ["--lr"], 2, "needs a value"), (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
-        (train_rl, ["--credit=both"], 2, "image or subset"), (train_rl, ["--sampler=euler"], 2, "no noise"),
+        (train_rl, ["--credit=both"], 2, "image or subset"), ["--sampler=euler", "--objective=ppo"], 2, "no noise",
         (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
-        (train_rl, ["--advantage=constant"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
+        (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
         (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
         (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
@@ -1793,9 +1792,8 @@ def test_edm2_as_typed(tmp_path):
     random_edm2(path, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
     random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
     for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"], ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
-        quick = [o for o in QUICK if "forward_every" not in o or "--objective=ppo" not in options]
-        code, out, err = run(train_rl, *quick, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
-        assert code == 0 and "ppo on ancestral" in out and "heun-2" in out, err
+        code, out, err = run(train_rl, *QUICK, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
+        assert code == 0 and " on ancestral" in out and "heun-2" in out, err
         base, tuned = models.load(str(path)), models.load(str(tmp_path / "o" / "ckpt.pt"))
         moved = [k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])]
         assert tuned.family == "edm2" and len(moved) > 30 and not any("fourier" in k for k in moved)
@@ -2039,7 +2037,7 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, out, _ = run(train_rl, *argv, "--resume")
     assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
-    assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
+    assert code == 2 and "lr=5e-05, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")

@@ -1,10 +1,12 @@
 """
-Policy-gradient fine-tuning of an image generator whose reward is an improvement of FID.
+Fine-tuning of an image generator by reinforcement learning whose reward is an improvement of FID.
 
 One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
 property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
 paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
+--objective=ppo is the paper's policy gradient through the noisy steps of the SDE; the default, forward, learns faster
+here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -51,7 +53,7 @@ save_every = 10 # iterations between two states to resume from
 # what is drawn
 iters = 50 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
-sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
+sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
 noise = 0.0 # its noise level; 0: 0.9 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
@@ -59,7 +61,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
+rollout = [] # samplers of the forward objective's rollouts, in turn; empty: flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
 reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
@@ -72,23 +74,21 @@ moments = "" # start from these statistics of generated images (fid.py --images 
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`, else 0)
-offset = 0.0 # added to every advantage of the forward objective: below 0 a drift away from the model's own images
+offset = 0.0 # forward: added to every advantage; below 0 it is a drift away from the model's own images
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-objective = "both" # ppo: policy gradient; forward: re-noised clean images; both: in turn; pathwise: reward's gradient
-forward_every = 2 # one iteration in so many is the forward objective's (objective=both)
+objective = "forward" # forward: re-noised clean images; ppo: policy gradient on noisy steps; pathwise: reward's gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam, ppo; most of its steps are cut by kl_limit; 0: 1e-4 for SiT, 1e-3 for EDM2
-lr_forward = 0.0 # Adam, forward; 0: 3e-5 for SiT, 3e-4 for EDM2
+lr = 0.0 # Adam; 0: for SiT 5e-5 (forward) or 1e-4, ten times as much for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = False # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
-kl_limit = 0.2 # ppo: nats per iteration and image; a longer step is halved until it fits
+kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 # how it is judged
@@ -102,8 +102,9 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout="euler", lr=1e-4, lr_forward=3e-5),
-            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout="heun", lr=1e-3, lr_forward=3e-4)}
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", scale=1),
+            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", scale=10)}
+RATES = {"forward": 5e-5, "ppo": 1e-4, "pathwise": 1e-4}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def histograms(before, after, real, floor):
 def check(c, world):
     """Everything on the command line that cannot work, before anything is loaded."""
     for name, choices in (("reward", ("fd", "kid", "mmd", "sample")), ("credit", ("image", "subset")),
-                          ("objective", ("ppo", "forward", "both", "pathwise")), ("stream", ("report", "select")),
+                          ("objective", ("forward", "ppo", "pathwise")), ("stream", ("report", "select")),
                           ("advantage", ("reward", "zero", "random", "constant", "rejection"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
@@ -468,7 +469,7 @@ def check(c, world):
         fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
     if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample" or not 1 <= c.horizon <= c.steps):
         fail(f"--objective=pathwise needs --credit=image, a distribution-wise --reward and 1 to {c.steps} steps of horizon")
-    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
+    for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
                             refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
@@ -479,8 +480,10 @@ def check(c, world):
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
-    if min(c.lr, c.lr_forward) < 0:
-        fail(f"lr {c.lr}, lr_forward {c.lr_forward}: needed is more than 0, or 0 for the family's own")
+    if c.lr < 0:
+        fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
+    if len(set(c.rollout)) < len(c.rollout):
+        fail(f"rollout {c.rollout}: needed are different samplers")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
     if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
@@ -501,10 +504,8 @@ def check(c, world):
     # An option that would do nothing is a mistake too.
     idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
             "credit=subset": ("memory", "moments"), "moments": ("reference",),
-            "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every", "offset", "horizon"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every", "horizon"), "objective=both": ("horizon",),
-            "objective=pathwise": ("proximal", "lr_forward", "rollout", "forward_every", "offset", "clip", "times", "top",
-                                   "advantage", "bound")}
+            "objective=ppo": ("proximal", "rollout", "offset", "horizon"), "objective=forward": ("clip", "horizon"),
+            "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "top", "advantage", "bound")}
     for where in (f"reward={c.reward}", f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
@@ -513,15 +514,13 @@ def check(c, world):
 
 
 class Course(NamedTuple):
-    """What an iteration does: its objective, the sampler of its rollouts, and the state that belongs to both."""
-    objective: str
+    """What an iteration does: the sampler of its rollouts, and the state that belongs to it."""
     plan: Schedule
     reward_of: object                       # ImageCredit, SubsetCredit, ..: each sampler has its own reference set
     optimizer: torch.optim.Adam
-    lr: float
 
 
-def begin(c, objective, plan, stored, draw, real, nets, params):
+def begin(c, plan, stored, draw, real, nets, params):
     """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
     features, labels = (torch.empty(0, nets.dim, device=stored.sum.device), None) if stored else draw()
     parts = []
@@ -543,8 +542,7 @@ def begin(c, objective, plan, stored, draw, real, nets, params):
         reward_of = ImageCredit(reference)
     else:
         reward_of = SubsetCredit(reference, labels, c.subset, c.seed)
-    lr = c.lr_forward if objective == "forward" else c.lr
-    return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
+    return Course(plan, reward_of, torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99)))
 
 
 def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
@@ -555,17 +553,17 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
     rank, world = dist.get_rank(), dist.get_world_size()
     params = [p for p in ddp.parameters() if p.requires_grad]
     clock, start = [time.perf_counter()], [p.detach().clone() for p in params]
-    if course.objective == "ppo":
+    if c.objective == "ppo":
         pairs = ppo_pairs(states, mine, advantages[rank::world], course.plan, c.times, rng, rank, world)
         loss_of = lambda m, part, old: ppo_loss(m, part, old, course.plan, c.clip)
-    elif course.objective == "pathwise":
+    elif c.objective == "pathwise":
         pairs = pathwise_pairs(states, velocities, mine, course.plan, c.horizon)
         loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
     else:
         advantages = advantages + c.offset
         pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, rng, rank, world)
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
-    lr = course.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else course.lr
+    lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
     course.optimizer.param_groups[0]["lr"] = lr
     norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
     clock.append(time.perf_counter())
@@ -582,7 +580,7 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
 
 def train(c, model, nets, real, plans, stop, stored=None):
     """
-    The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
+    The iterations, on rollouts by the Schedules in `plans` in turn: fine-tunes `model` in place and writes
     OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored` Moments. An
     iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
     state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
@@ -595,8 +593,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
     # The reference sets are drawn by the base, with the first images of the training stream, unless they are known.
     state, count = read_state(c) if c.resume else None, 0 if stored else c.reference
     blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
-    courses = [begin(c, objective, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
-               for i, (objective, plan) in enumerate(plans.items())]
+    courses = [begin(c, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
+               for i, plan in enumerate(plans)]
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
@@ -621,7 +619,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
     stop.patient = True
     for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
-        turn = int(c.objective == "both" and it % c.forward_every == c.forward_every - 1)
+        turn = it % len(courses)
         course = courses[turn]
         if c.refresh and at["turns"][turn] and at["turns"][turn] % c.refresh == 0:
             course.reward_of.push(*draw(at["drawn"], course.plan))
@@ -637,7 +635,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
         rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        row, finite, seconds = dict(it=it, objective=course.objective), bool(features.isfinite().all()), []
+        row, finite, seconds = dict(it=it, sampler=course.plan.sampler), bool(features.isfinite().all()), []
         if finite:
             advantages, reward = advantages_of(course.reward_of, features, labels, c, rng)
             if c.credit == "subset" and not c.refresh:
@@ -742,12 +740,12 @@ class Log:
         for phase, s in seconds.items():
             self.phases[phase] += s
         if "grad_norm" not in row:
-            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  skipped: features are not finite")
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  skipped: features are not finite")
         elif row["it"] % max(1, c.iters // 20) == 0 or row["it"] == c.iters - 1:
             kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
             distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
             checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
-            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  {distance}  reward {row['reward']:+.1e} "
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  {distance}  reward {row['reward']:+.1e} "
                        f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
                        f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
                        + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
@@ -779,13 +777,14 @@ def run(c, stop):
     began = time.time()
     check(c, world)
     model = load_guided(c, device)
-    c = Config(c, **{name: c[name] or value for name, value in FAMILIES[model.family].items()})
+    own = FAMILIES[model.family]
+    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout")},
+               lr=c.lr or RATES[c.objective] * own["scale"])
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
-             for objective, name in (("ppo", c.sampler), ("forward", c.rollout), ("pathwise", c.sampler))
-             if objective == c.objective or c.objective == "both" and objective != "pathwise"}
-    if "ppo" in plans and not len(plans["ppo"].noisy):
+    plans = [schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
+             for name in (c.rollout if c.objective == "forward" else [c.sampler])]
+    if c.objective == "ppo" and not len(plans[0].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
     made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
@@ -799,8 +798,8 @@ def run(c, stop):
                f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
-           + f"; {c.credit} credit of {c.reward} in {nets.name} ({nets.dim}-d)\n"
+           f"{c.steps} steps: {c.objective} on {' and '.join(plan.sampler for plan in plans)}; {c.credit} credit of "
+           f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
            + memory_estimate(c, model, nets, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
@@ -813,7 +812,7 @@ def run(c, stop):
                  f"{net.dim}", 1)
     stored = stored_moments(c.moments, nets.nets[0], device) if c.moments else None
     if c.num:
-        samplers = [(name, steps_of(name)) for name in (c.sampler, FAMILIES[model.family]["rollout"])]
+        samplers = [(name, steps_of(name)) for name in (c.sampler, own["ode"])]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
         real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
         real_floor = {} if is_statistics(c.real) else real_summaries(
