@@ -482,8 +482,6 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is more than 0")
     if c.lr < 0:
         fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
-    if len(set(c.rollout)) < len(c.rollout):
-        fail(f"rollout {c.rollout}: needed are different samplers")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
     if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
@@ -580,7 +578,7 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
 
 def train(c, model, nets, real, plans, stop, stored=None):
     """
-    The iterations, on rollouts by the Schedules in `plans` in turn: fine-tunes `model` in place and writes
+    The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place and writes
     OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored` Moments. An
     iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
     state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
@@ -594,7 +592,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
     state, count = read_state(c) if c.resume else None, 0 if stored else c.reference
     blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
     courses = [begin(c, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
-               for i, plan in enumerate(plans)]
+               for i, plan in enumerate(plans.values())]
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
@@ -619,7 +617,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
     stop.patient = True
     for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
-        turn = it % len(courses)
+        turn = list(plans).index(c.rollout[it % len(c.rollout)])
         course = courses[turn]
         if c.refresh and at["turns"][turn] and at["turns"][turn] % c.refresh == 0:
             course.reward_of.push(*draw(at["drawn"], course.plan))
@@ -782,9 +780,9 @@ def run(c, stop):
                lr=c.lr or RATES[c.objective] * own["scale"])
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    plans = [schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
-             for name in (c.rollout if c.objective == "forward" else [c.sampler])]
-    if c.objective == "ppo" and not len(plans[0].noisy):
+    c["rollout"] = c.rollout if c.objective == "forward" else [c.sampler]
+    plans = {name: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas) for name in c.rollout}
+    if c.objective == "ppo" and not len(plans[c.sampler].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
     made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
@@ -798,7 +796,7 @@ def run(c, stop):
                f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: {c.objective} on {' and '.join(plan.sampler for plan in plans)}; {c.credit} credit of "
+           f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
            f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
            + memory_estimate(c, model, nets, len(plans), world))
 
