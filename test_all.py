@@ -939,7 +939,7 @@ def test_folder_and_zip_are_the_same(tmp_path):
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
     quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
-    code, _, err = run(train_rl, *quick, "--iters=5", "--credit=subset", "--subset=10", "--refresh=2",
+    code, _, err = run(train_rl, *quick, "--iters=5", "--rollout", "flow", "euler", "--credit=subset", "--subset=10", "--refresh=2",
                        "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]

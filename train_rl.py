@@ -51,7 +51,7 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 50 # rollouts, each with `epochs` updates
+iters = 42 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
@@ -61,7 +61,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of the forward objective's rollouts, in turn; empty: flow euler for SiT, ancestral heun for EDM2
+rollout = [] # samplers of forward's rollouts, in turn; empty: flow flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 # what is rewarded
 reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
@@ -102,7 +102,7 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", scale=1),
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", scale=1),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", scale=10)}
 RATES = {"forward": 5e-5, "ppo": 1e-4, "pathwise": 1e-4}
 
