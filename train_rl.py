@@ -793,7 +793,7 @@ def run(c, stop):
     memory = long_enough(c.memory, c.batch, max(nets.dims))
     if c.reward == "fd" and c.credit == "image" and memory > c.memory:
         print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of {5 * max(nets.dims)} "
-               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
+               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.5g}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
