@@ -21,13 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
                     is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
                     whole, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import NOISE, generate, image_seeds, load_guided, schedule
+from sample import NOISE, generate, image_seeds, load_guided, schedule, watched
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -47,6 +46,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
+labels = "balanced" # of the drawn images: balanced (i % classes), or random (uniform, as for published FIDs)
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
@@ -384,6 +384,17 @@ def read_statistics(path, net, device="cpu"):
     return Summary(num, mu.to(device), cov.to(device), None)
 
 
+def stored_moments(path, net, device):
+    """Moments as the images behind a file of statistics left them; their number has to be in it."""
+    num, mu, cov, _ = read_statistics(path, net, device)
+    if num <= net.dim:
+        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
+    moments = Moments(net.dim, device)
+    moments.weight = moments.squares = float(num)
+    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
+    return moments
+
+
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with whole(path) as f:
@@ -471,10 +482,10 @@ def judge(fake, real, labels=None):
 
 @torch.no_grad()
 def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.9, last=0.0, seed=0, stream="report",
-             num_prdc=5000, batch_size=250, keep=0):
+             num_prdc=5000, batch_size=250, keep=0, labels="balanced"):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
-    image i depends on (seed, stream, i) and its label i % classes alone.
+    image i depends on (seed, stream, i) and its label alone, which is i % classes or, if random, of the same hash.
     Returns {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images": the first `keep`.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -483,22 +494,24 @@ def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.9, last=0.0, 
         if net.size and image_size(model) != net.size:
             fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}")
     indices = torch.arange(num)[rank::world]
-    labels = indices % model.num_classes
+    seeds = image_seeds(seed, stream, indices)
+    classes = indices % model.num_classes
+    if labels == "random":                  # the noise takes the lower 32 bits
+        classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
     sampler = schedule(sampler, steps, noise, last, model.sigmas).sampler
-    batches = generate(model, image_seeds(seed, stream, indices), labels, sampler, steps, 1.0, batch_size, noise, last)
-    bar = tqdm(batches, total=-(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", unit="batch",
-               disable=rank > 0 or None, leave=False)
-    shown = []
+    batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise, last)
+    shown, total = [], -(-len(indices) // batch_size)
 
     def keeping():
-        for batch in bar:
+        for batch in watched(batches, total, desc=f"drawing {num} ({sampler})", leave=False):
             if sum(map(len, shown)) < keep:
                 shown.append(batch)
             yield batch
 
     rows = {}
     for name, fake in summarize(keeping(), nets, num_prdc, device).items():
-        row = judge(fake, real[name], torch.arange(len(fake.features), device=device) % model.num_classes)
+        stratum = torch.arange(len(fake.features), device=device) % model.num_classes
+        row = judge(fake, real[name], stratum if labels == "balanced" else None)
         rows[name] = dict(features=name, sampler=sampler, steps=steps, seed=seed, **row, kept=fake.features)
     if keep:
         rows["images"] = gather(torch.cat(shown)[:len(range(rank, keep, world))], keep)
@@ -539,6 +552,8 @@ def main(argv=None):
              f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
     if c.stream not in ("report", "select"):
         fail(f"unknown stream {c.stream!r}; choose report or select")
+    if c.labels not in ("balanced", "random"):
+        fail(f"unknown labels {c.labels!r}; choose balanced or random")
     for path in filter(None, (c.json, c.stats)):
         writable(path)
     net = feature_net(c.features, c.features_path, device)
@@ -565,7 +580,7 @@ def main(argv=None):
         row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
     else:
         row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, noise, c.last,
-                       c.seed, c.stream, c.num_prdc, c.batch_size)[net.name]
+                       c.seed, c.stream, c.num_prdc, c.batch_size, labels=c.labels)[net.name]
     keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
             "seed")
     if c.json and rank == 0:
@@ -574,7 +589,7 @@ def main(argv=None):
     show = lambda key, form: "-" if row[key] is None else format(row[key], form)
     if c.num and c.num <= net.dim:
         print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
-    source = c.images or f"{row['sampler']}, {c.steps} steps, seed {c.seed}"
+    source = c.images or f"{row['sampler']}, {c.steps} steps, {c.labels} labels, seed {c.seed}"
     print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
            f"real: {c.real}; {time.time() - began:.0f} s)\n"
            f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "

@@ -26,10 +26,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from fid import WEIGHTS, evaluate, feature_net, real_summaries
-from models import (ASSETS, Config, Stop, check_classes, configure, ema_exponent, fail, image_size, is_statistics, load,
-                    pretrain, print0, read_checkpoint, save, setup, stored_parts, whole, writable, write)
-from reward import Moments, ReferenceSet, covariance_root, distance_to_root, influence, standard_error
+from fid import WEIGHTS, evaluate, feature_net, real_summaries, stored_moments
+from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, image_size,
+                    is_statistics, load, pretrain, print0, read_checkpoint, save, setup, stored_parts, whole, writable,
+                    write)
+from reward import (Moments, ReferenceSet, covariance_root, distance_to_root, influence, long_enough,
+                    standard_error)
 from sample import generate, image_seeds, load_guided, save_grid, schedule
 
 # -----------------------------------------------------------------------------
@@ -51,7 +53,8 @@ pairs = 4 # antithetic pairs of candidates per iteration
 search_std = 0.1 # of the coefficients tried around the mean; falls to half
 lr = 0.12 # of the mean; falls to 0
 reference = 1000 # images of the reference set at the start
-memory = 0.5 # weight of the past in the streaming moments, per iteration (credit=image)
+moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
+memory = 0.5 # weight of the past in the streaming moments, per iteration; raised if need be (credit=image)
 # how images are drawn and judged
 sampler = "" # see sample.py; empty: euler for SiT, heun for EDM2
 steps = 0 # of the sampler; 0: 10, or 5 of heun, which evaluates twice
@@ -159,9 +162,10 @@ class Search:
 
     def draw(self, ws, count, first):
         """Features (len(ws), count, d) of candidates ws (m, G, K), all on images first .. of the training stream."""
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world, c = dist.get_rank(), dist.get_world_size(), self.c
         indices, found = torch.arange(first, first + count), []
         for i in range(0, len(ws), world):
+            began = time.time()
             part = ws[i:i + world]
             path = os.path.join(self.folder, f"{self.drawn:07d}.pt")
             here = torch.tensor(int(os.path.exists(path)))
@@ -181,6 +185,8 @@ class Search:
                 features = torch.stack(features)[:len(part)]
                 if rank == 0:
                     write(path, dict(key=self.key, ws=part, features=features.cpu()))
+            if not self.drawn:
+                announce(len(part) * count, c.budget, "images", time.time() - began)
             self.drawn += len(part) * count
             self.bar.update(len(part) * count)
             found.append(features)
@@ -262,15 +268,21 @@ def rl(search, c, G, K):
     """RL over the coefficients with the distribution-wise reward."""
     start = one_hot(K - 1, G, K)
     classes, d = search.basis.model.num_classes, search.net.dim
-    first = search.draw(start[None], c.reference, 0)[0]
-    moments = Moments(d, first.device).add(first)
-    reference = ReferenceSet(first, search.real.mu, search.real.cov) if c.credit == "subset" else None
+    device, reference = search.real.mu.device, None
+    if c.moments:
+        moments = stored_moments(c.moments, search.net, device)
+    else:
+        first = search.draw(start[None], c.reference, 0)[0]
+        moments = Moments(d, device).add(first)
+        reference = ReferenceSet(first, search.real.mu, search.real.cov) if c.credit == "subset" else None
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
-    iters = (c.budget - c.reference) // per_iteration
+    iters, memory = (c.budget - search.drawn) // per_iteration, long_enough(c.memory, per_iteration, d)
+    if memory > c.memory and not reference:
+        print0(f"note: memory is raised to {memory:.3f}, for an effective number of {5 * d} images in {d} dimensions")
 
     def by_image(it, mean, ws):
         f = search.draw(ws, c.images, c.reference + it * c.images)
-        moments.fade(c.memory).add(f.flatten(0, 1))
+        moments.fade(memory).add(f.flatten(0, 1))
         psi = influence(f.flatten(0, 1), *moments.gaussian(), search.real.mu, search.real_root)
         rewards = -psi.view(len(ws), c.images).mean(1)
         for w, reward in zip(ws, rewards.tolist()):
@@ -287,7 +299,7 @@ def rl(search, c, G, K):
             search.record(w, images=c.images, reward=reward)
         return rewards
 
-    if c.reference % classes or c.images % classes and c.credit == "subset":
+    if not c.moments and c.reference % classes or c.images % classes and c.credit == "subset":
         print0(f"note: reference {c.reference} and images {c.images} are not multiples of the {classes} classes")
     rng = torch.Generator().manual_seed(c.seed)
     return evolve(by_swap if reference else by_image, start, iters, c.pairs, c.search_std, c.lr, rng, c.policy)
@@ -472,9 +484,12 @@ def check(c, world):
     for name, least in dict(images=2, pairs=1, batch_size=1, num_prdc=10, num_real=10, reference=2 * c.images).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
-    if c.method in ("rl", "all") and c.budget < c.reference + 2 * (2 * c.pairs + 1) * c.images:
-        fail(f"budget {c.budget} is less than two iterations of {2 * c.pairs} candidates of {c.images} images "
-             f"and the reference of {c.reference}; raise it, or lower --images or --reference")
+    first = 0 if c.moments else c.reference
+    if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
+        fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
+             f"and the reference of {first}; raise it, or lower --images or --reference")
+    if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given):
+        fail("--moments are in place of a reference, for --method=rl with --credit=image")
     if not (0 <= c.memory < 1 and c.search_std > 0 and c.lr > 0):
         fail(f"memory {c.memory} must lie in [0, 1), search_std {c.search_std} and lr {c.lr} above 0")
     if c.num and c.num < 2 * world:
@@ -530,7 +545,10 @@ def run(c):
         dist.barrier()
         with tqdm(total=c.budget, desc=name, unit="image", disable=rank > 0 or None) as bar:
             search = Search(c, basis, net, real_train, folder, bar)
-            results[name] = METHODS[name](search, c, G, K)
+            try:
+                results[name] = METHODS[name](search, c, G, K)
+            except ValueError as e:
+                fail(f"{e}; raise --reference or --images, or try --moments or --credit=subset", code=1)
         drawn[name] = search.drawn
         log += [dict(method=name, **row) for row in search.log]
     searched = time.time() - began

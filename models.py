@@ -32,6 +32,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -490,8 +491,8 @@ LATENTS = {
 
 def attach_vae(model, path):
     """
-    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => uint8 images (B, 3, 8h, 8w)
-    by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
+    Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => images (B, 3, 8h, 8w) from
+    0 to 255, float32, by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
     model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
     """
     if model.shape[0] == 3:
@@ -506,11 +507,10 @@ def attach_vae(model, path):
     w = {name: x.to(device) for name, x in read_vae(path).items()}
     scale, mean = (torch.tensor(convention[k], device=device).view(1, -1, 1, 1) for k in ("scale", "mean"))
 
-    @torch.no_grad()
     def vae(x):
         chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
         images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
-        return (convention["gain"] * images + convention["offset"]).clamp(0, 255).to(torch.uint8)
+        return (convention["gain"] * images + convention["offset"]).clamp(0, 255)
 
     model.vae = vae
     return model
@@ -1204,6 +1204,15 @@ def print0(*args):
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, flush=True)
+
+
+def announce(done, total, unit, seconds):
+    """Say how long all of a run will take, if over three minutes, after its first part, and the memory that it took."""
+    if done < total and seconds * total / done > 180 and dist.get_rank() == 0:
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+        tqdm.write(f"first {done} of {total} {unit} in {seconds:.1f} s: all in about {seconds * total / done / 60:.1f} "
+                   f"minutes; memory so far {peak:.2f} GB")
 
 
 def main(argv=None):

@@ -36,6 +36,7 @@ seed = 0 # of the synthetic features
 # -----------------------------------------------------------------------------
 
 QUADRATURE_ERROR = 2e-7     # proven, of tr(M^(-1/2) |E|) / 2 for a change E of M; seen are errors below 1e-8 of it
+RANK_FLOOR = 1e-12          # of the largest variance: less is rounding, that of features in float32 included
 SELF_CHECK_ERROR = 1e-9     # of one gain from the whole evaluation, in traces of both covariances; more is refused
 
 
@@ -104,13 +105,24 @@ class Moments:
         return mu, (cov + cov.T).div_(2)
 
 
+def long_enough(memory, batch, dim):
+    """Memory of moments whose effective number of images, batch (1 + memory) / (1 - memory), is at least 5 dim."""
+    return max(memory, (5 * dim - batch) / (5 * dim + batch))
+
+
 def covariance_root(cov):
-    """L (d, d) with L L^T = cov: Cholesky, or if cov is singular the symmetric root with eigenvalues clamped at 0."""
+    """
+    L (d, r) with L L^T = cov: Cholesky or, if cov is near singular, its r eigenvectors of variance above RANK_FLOOR of
+    the largest. FD needs no more: where real data do not vary, as along the normal of the hyperplane that a last layer
+    norm puts features in, generated variance adds its trace, and all that is done with L is exact.
+    """
     root, info = torch.linalg.cholesky_ex(cov)
-    if info.item() == 0:
+    pivots = root.diagonal().square()
+    if info.item() == 0 and pivots.min() > 1e3 * RANK_FLOOR * pivots.max():
         return root
     vals, vecs = torch.linalg.eigh(cov)
-    return vecs * vals.clamp(min=0).sqrt() @ vecs.T
+    kept = vals >= RANK_FLOOR * vals[-1]
+    return vecs[:, kept] * vals[kept].sqrt()
 
 
 def distance_to_root(mu1, cov1, mu2, root2):
@@ -169,7 +181,7 @@ def standard_error(psi, labels=None):
 class Base:
     """
     A Gaussian (mu, cov) seen from the real one, real_root = L with L L^T = real_cov: L^T cov L = U diag(vals) U^T, vals
-    (d,) ascending, axes = L U (d, d).
+    (r,) ascending, axes = L U (d, r); r = d unless real_cov is singular.
     """
     def __init__(self, mu, cov, real_mu, real_root):
         vals, vecs = torch.linalg.eigh(real_root.T @ cov @ real_root)

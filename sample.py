@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import STREAMS, attach_vae, configure, fail, gather, load, print0, setup, whole, writable
+from models import STREAMS, announce, attach_vae, configure, fail, gather, load, print0, setup, whole, writable
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -266,14 +267,16 @@ def trajectory(model, seeds, labels, plan):
     yield x, None
 
 
-def decode(model, x):
+def decode(model, x, quantize=True):
     """
     What a model draws, (B, 3, H, W) in [-1, 1] or latents (B, 4, h, w) => uint8 images, as EDM2's and SiT's code:
-    truncated, not rounded. Exit code 2 if latents have no decoder.
+    truncated, not rounded; or float32 from 0 to 255, not quantised. Exit code 2 if latents have no decoder.
     """
     if model.shape[0] == 3:
-        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
+        images = (x * 127.5 + 128).clamp(0, 255)
+    else:
+        images = (model if hasattr(model, "vae") else attach_vae(model, "")).vae(x)
+    return images.to(torch.uint8) if quantize else images
 
 
 @torch.no_grad()
@@ -291,6 +294,15 @@ def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_siz
         for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan):
             pass
         yield decode(model, x)
+
+
+def watched(batches, total, **bar):
+    """The same batches behind a progress bar; after the first, and what was done with it, a long run is announced."""
+    began = time.time()
+    for i, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=dist.get_rank() > 0 or None, **bar)):
+        yield batch
+        if i == 0:
+            announce(1, total, "batches", time.time() - began)
 
 
 def save_grid(path, images, columns=20):
@@ -327,8 +339,7 @@ def main(argv=None):
 
     began = time.time()
     batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, noise, c.last, churn)
-    bar = tqdm(batches, total=-(-len(indices) // c.batch_size), unit="batch", disable=rank > 0 or None)
-    images = gather(torch.cat(list(bar)), c.num)
+    images = gather(torch.cat(list(watched(batches, -(-len(indices) // c.batch_size)))), c.num)
     seconds = time.time() - began
 
     if rank == 0:
@@ -338,7 +349,7 @@ def main(argv=None):
             with whole(c.npz) as f:
                 np.savez(f, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
     print0(f"{c.num} images ({plan.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
-           f"{c.num / seconds:.0f} images/s; {os.path.join(c.out, 'grid.png')}" + (f" and {c.npz}" if c.npz else ""))
+           f"{c.num / seconds:.3g} images/s; {os.path.join(c.out, 'grid.png')}" + (f" and {c.npz}" if c.npz else ""))
 
 
 if __name__ == "__main__":

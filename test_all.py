@@ -322,7 +322,7 @@ def test_gain_and_leave_one_out_are_recomputation(kind, d, N, n):
     order = torch.randperm(N, generator=rng)
     shuffled = reward.ReferenceSet(f[order], mu, cov)
     singular = reference.stream.base.singular
-    assert singular == (kind in ("fewer than d", "constant feature", "all constant", "real singular"))
+    assert singular == (kind in ("fewer than d", "constant feature", "all constant"))
     near = (1e-6 if singular else 1e-9) * max(1, reference.stream.base.traces, (f[0] - mu).square().sum() / 100)
     own = torch.stack([torch.randperm(N, generator=rng)[:n] for _ in new])
     for slots in (own[0], own):
@@ -368,6 +368,42 @@ def test_stream_leaves_out_at_its_weights():
         out = weights.clone()
         out[100 + i] = 0
         assert abs(distance(out) - stream.value - stream.leave_one_out(new)[i]) < 1e-12
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1])
+def test_features_in_a_hyperplane(off):
+    """
+    Behind a layer norm, in float32, as DINOv2's: Cholesky of the real covariance succeeds on a variance that is rounding.
+    Everything is what an evaluation in the d - 1 axes of the hyperplane says; off: of it, generated variance only adds.
+    """
+    torch.manual_seed(0)
+    d, gain, bias, mix = 24, torch.rand(24) + 0.5, torch.randn(24), torch.randn(24, 24) * torch.linspace(0.3, 1, 24)
+    draw = lambda n, shift: torch.nn.functional.layer_norm(torch.randn(n, d) @ mix + shift, (d,), gain, bias)
+    axes = torch.linalg.qr(torch.cat([1 / gain[:, None], torch.randn(d, d - 1)], 1).double()).Q
+    real = reward.Moments(d).add(draw(3000, 0.0)).gaussian()
+    assert torch.linalg.cholesky_ex(real[1]).info == 0 and reward.covariance_root(real[1]).shape == (d, d - 1)
+    away = lambda n: draw(n, 0.2) + off * torch.randn(n, 1) * axes[:, 0].float()
+
+    def whole(features, h=0.0, point=None):                 # of the Gaussian (1 - h) p + h delta_point
+        x, (m, C) = features.double() @ axes, (real[0] @ axes, axes.T @ real[1] @ axes)
+        mu, S = x.mean(0), x.T.cov()
+        if h:
+            away_from = point.double() @ axes - mu
+            mu, S = mu + h * away_from, (1 - h) * S + h * (1 - h) * away_from.outer(away_from)
+        flat = reward.frechet_distance(mu[1:], S[1:, 1:], m[1:], C[1:, 1:])
+        return flat + (mu[0] - m[0]).square().item() + S[0, 0].item()
+
+    f, new, slots = away(400), away(15).view(3, 5, d), torch.arange(0, 50, 10)
+    members, swapped = reward.ReferenceSet(f, *real), f.clone()
+    assert not members.stream.base.singular and abs(members.fd - whole(f)) < 1e-9 * members.fd
+    gains = members.swap_gain(slots, new)
+    assert members.nodes > 0, "by determinants"
+    swapped[slots] = new[1]
+    assert abs(gains[1] - (whole(f) - whole(swapped))) < 1e-9
+    left = members.leave_one_out(f[:2])
+    assert abs(left[0] - (whole(f[1:]) - whole(f))) < 1e-9
+    h, psi = 1e-5, members.influence(new[0])[0].item()
+    assert abs((whole(f, h, new[0, 0]) - whole(f, -h, new[0, 0])) / (2 * h) - psi) < 1e-5 * max(1, abs(psi))
 
 
 def test_fd_at_infinity():
@@ -885,6 +921,64 @@ def test_forward_objective_moves_towards_good_images():
         assert fit() < before, "a positive advantage fits the velocity to the image"
 
 
+def test_controls_of_the_advantage():
+    credit = lambda features, labels, bound: (features[:, 0] - features[:, 0].mean(), features[:, 0])
+    features, labels = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 10
+
+    def advantages(**options):
+        c = models.Config(dict(bound=5.0, advantage="reward", top=1.0, **{}) | options)
+        return train_rl.advantages_of(credit, features, labels, c, torch.Generator().manual_seed(0))[0]
+
+    plain, shuffled, best = advantages(), advantages(advantage="random"), advantages(advantage="rejection", top=0.25)
+    assert not torch.equal(plain, shuffled) and torch.equal(plain.sort().values, shuffled.sort().values)
+    assert (advantages(advantage="constant") == -1).all() and (advantages(advantage="zero") == 0).all()
+    assert best.sum() == 10 and features[best == 1, 0].min() > features[best == 0, 0].max(), "the best quarter, nothing else"
+
+
+def test_advantage_one_is_training_on_the_images():
+    """At the rollout policy the forward loss of A = 1 has the gradient of flow matching, so rejection is fine-tuning."""
+    model, plan, labels, states, _ = rolled_out(10, "euler")
+    pairs = train_rl.forward_pairs(model, states, labels, torch.ones(10), 1, torch.Generator().manual_seed(0), 0, 1)
+    gradients = []
+    for loss in (lambda: train_rl.forward_loss(model, pairs, None, 1.0)[0].mean(),
+                 lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean() / 2):
+        model.zero_grad()
+        loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert error(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["flow", "euler"])
+def test_pathwise_gradient_is_the_slope_of_the_reward(name):
+    model, plan, labels, states, velocities = rolled_out(30, name)
+    net = lambda images: images.flatten(1).float() @ projection / 255
+    projection = torch.randn(768, 4, generator=torch.Generator().manual_seed(1)) / 10
+    real = torch.eye(4).double()
+    start = net(sample.decode(model, states[-1]))
+    stream = reward.Stream(start, torch.zeros(4).double(), real, 0.5)
+    pairs = train_rl.pathwise_pairs(states, velocities, labels, plan, 3)
+    loss_of = lambda: train_rl.pathwise_loss(model, model, pairs, plan, net, stream)[0]
+    loss_of().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    scale = stream.influence(start).std()
+
+    def value(h):           # the mean first variation on the same noise, images not quantised, weights moved by h
+        with torch.no_grad():
+            params = [p for p in model.parameters() if p.grad is not None]
+            torch._foreach_add_(params, gradients, alpha=h)
+            x = pairs["x"]
+            for j in range(3):
+                k = len(plan.t) - 3 + j
+                v = model(x, torch.full((30,), plan.t[k]), labels)
+                x = sample.gaussian_step(plan, k, x, v)[0] + pairs["noise"][:, j]
+            torch._foreach_add_(params, gradients, alpha=-h)
+            return (stream.influence(net(sample.decode(model, x, quantize=False))).mean() / scale).item()
+
+    squares = sum(g.square().sum() for g in gradients).item()
+    h = 1e-3 / math.sqrt(squares)
+    assert math.isclose((value(h) - value(-h)) / (2 * h), squares, rel_tol=0.03)
+
+
 # ---- Data, checkpoints ----------------------------------------------------------------------------------------------
 
 def test_tiny_world_is_its_index():
@@ -939,13 +1033,13 @@ def test_folder_and_zip_are_the_same(tmp_path):
 
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
-    quick = [o for o in QUICK if not o.startswith(("--iters", "--forward_every", "--num="))]
-    code, _, err = run(train_rl, *quick, "--iters=6", "--forward_every=3", "--credit=subset", "--subset=10", "--refresh=2",
+    quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
+    code, _, err = run(train_rl, *quick, "--iters=5", "--rollout", "flow", "euler", "--credit=subset", "--subset=10", "--refresh=2",
                        "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
-    # Turns of ppo: iterations 0 1 3 4, of forward: 2 5; ppo redraws 200 images at its third turn, forward has two only.
-    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 320, 120, 120]
+    # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
+    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 120, 320]
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -1109,7 +1203,13 @@ def inception_file(tmp_path_factory):
     return path
 
 
-def test_inception_golden(inception_file):
+def spied(patch, name, seen):
+    """torch.nn.functional's `name`, of which every (input, output) is kept in `seen`."""
+    f = getattr(fid.F, name)
+    patch.setattr(fid.F, name, lambda x, *rest, **more: (seen.append((x, f(x, *rest, **more))), seen[-1][1])[1])
+
+
+def test_inception_golden(inception_file, monkeypatch):
     g, weights = golden("inception.npz"), torch.load(inception_file, weights_only=True)
     assert sorted(weights) == sorted(g["all_keys"])
     assert sum(w.numel() for k, w in weights.items() if "running" not in k and w.dim()) == 23850960
@@ -1121,13 +1221,28 @@ def test_inception_golden(inception_file):
         assert error(fid.resize_tf1(torch.from_numpy(g[f"resize_{k}_in"]).float(), exact.shape[2:]), exact) < 1e-6, k
     net = fid.feature_net("inception", inception_file)
     assert (net.dim, net.size, net.name) == (2048, None, "inception") and net.hash == fid.sha256(inception_file)
-    for size in (64, 256, 299):
+    pools = []
+    spied(monkeypatch, "max_pool2d", pools)
+    for size in (299, 256, 64):
+        pools.clear()
         features = net(torch.from_numpy(g[f"images_{size}"]))
         assert features.dtype == torch.float32 and error(features, g[f"pool_{size}"]) < 1e-5, size
+        logits = features @ net.w["fc.weight"].T
+        assert error(logits, g[f"logits_nobias_{size}"]) < 1e-5 and error(logits + net.w["fc.bias"], g[f"logits_{size}"]) < 1e-5
+    for tap, x in (("64", pools[0][1]), ("192", pools[1][1]), ("768", pools[3][0])):
+        assert error(x.mean((2, 3)), g[f"tap{tap}_64"]) < 1e-5, tap
 
 
-def test_dinov2_golden():
-    g, net = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt"))
+def test_dinov2_golden(monkeypatch):
+    g, net, norms = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt")), []
+    spied(monkeypatch, "layer_norm", norms)
+    net(torch.from_numpy(g["images_224"]))
+    assert error(norms[-1][1][:, 1:].mean(1), g["patch_mean_224"]) < 1e-5
+    for size in (64, 300):                                  # whoever resizes with PIL beforehand gets the metric's slow mode
+        resized = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).resize((224, 224), Image.Resampling.BICUBIC))
+                            for x in g[f"images_{size}"]]).transpose(0, 3, 1, 2)
+        assert np.array_equal(resized[:1], g[f"resized_pil_{size}"])
+        assert error(net(torch.from_numpy(resized)), g[f"cls_pil_{size}"]) < 1e-5, size
     for size in ("224", "torch_64", "torch_300"):
         assert error(net(torch.from_numpy(g[f"images_{size.split('_')[-1]}"])), g[f"cls_{size}"]) < 1e-5, size
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
@@ -1203,8 +1318,8 @@ def test_latent_model_end_to_end(tmp_path):
     code, out, err = run(fid, "--images", images, *net, "--stats", tmp_path / "stats.npz")
     assert code == 0 and "70 images" in out, err
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
-    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--credit=subset", "--subset=2", "--batch=4",
-                         "--reference=20", "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
+    code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
+                         "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
     assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
     assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
@@ -1246,7 +1361,7 @@ def test_images_as_they_are(tmp_path):
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
-QUICK = ["--iters=2", "--forward_every=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
+QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
          "--num_prdc=50", "--steps=4"]
 
 
@@ -1273,14 +1388,15 @@ def test_train_rl_as_typed(tmp_path):
 @pytest.mark.parametrize("options", [
     ["--objective=ppo"], ["--credit=subset", "--subset=10"],
     ["--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
-    ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"], ["--top=0.3"],
+    ["--rollout=flow", "--times=3"], ["--advantage=constant"], ["--top=0.3"],
+    ["--objective=pathwise", "--horizon=2"], ["--advantage=rejection", "--top=0.3"],
+    ["--advantage=random", "--offset=-0.5"],
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
-    quick = [o for o in QUICK if "forward_every" not in o or not any("objective" in p for p in options)]
-    code, out, err = run(train_rl, *quick, "--num=0", "--out", tmp_path, *options)
+    code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
     assert code == 0, err
     base, tuned = models.load(), models.load(str(tmp_path / "ckpt.pt"))
     change = sum((a - b).abs().sum() for a, b in zip(base.state_dict().values(), tuned.state_dict().values()))
@@ -1296,6 +1412,17 @@ def test_sample_as_typed(tmp_path):
     assert Image.open(tmp_path / "grid.png").size[0] > 12 * 16
 
 
+def test_a_long_run_is_announced(capsys):
+    """After the first batch, and what is done with it: the time of all, and real memory; a short run says nothing."""
+    for total in (600, 10):
+        for _ in sample.watched(iter("ab"), total):
+            time.sleep(0.5)
+        said = re.fullmatch(r"first 1 of 600 batches in (\S+) s: all in about (\S+) minutes; memory so far (\S+) GB\n",
+                            capsys.readouterr().out)
+        assert bool(said) == (total == 600)
+        assert not said or 5 <= float(said[2]) < 50 and 0.1 < float(said[3]) < 50, said[0]
+
+
 def test_fid_as_typed(tmp_path):
     code, out, err = run(fid, "--num", "300", "--num_real=400", "--num_prdc=100", "--json", tmp_path / "f.json")
     assert code == 0, err
@@ -1309,6 +1436,19 @@ def test_fid_as_typed(tmp_path):
     np.savez(tmp_path / "i.npz", arr_0=torch.cat(list(models.image_batches(folder, 16))).permute(0, 2, 3, 1).numpy())
     code, out, err = run(fid, "--images", tmp_path / "i.npz", "--real", folder, "--features=factors", "--json", tmp_path / "g.json")
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, err
+
+
+def test_labels_are_balanced_or_random(monkeypatch):
+    """Random labels are uniform, the image's own whatever their number; their error bar holds the variance of classes."""
+    drawn, draw, model, net = [], fid.generate, models.load(), fid.feature_net("factors")
+    real = fid.real_summaries("tiny", [net], "report", 10, 200)
+    monkeypatch.setattr(fid, "generate", lambda m, seeds, y, *rest: drawn.append(y) or draw(m, seeds, y, *rest))
+    for labels, num in (("balanced", 200), ("random", 200), ("random", 150)):
+        row = fid.evaluate(model, [net], real, num, steps=2, num_prdc=num, labels=labels)["factors"]
+        stratum = drawn[-1] if labels == "balanced" else None
+        assert len(drawn[-1]) == num and row["fid_se"] == reward.standard_error(row["psi"], stratum)
+    assert torch.equal(drawn[0], torch.arange(200) % 10) and torch.equal(drawn[2], drawn[1][:150])
+    assert drawn[1].bincount(minlength=10).float().std() > 1 and "balanced or random" in mistakes(fid, "--labels=all")[1]
 
 
 def test_reward_as_typed():
@@ -1364,9 +1504,9 @@ def test_mistakes_end_in_one_line(tmp_path):
     table = [
         (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"), (train_rl, ["stray"], 2, "stray"),
         (train_rl, ["--lr"], 2, "needs a value"), (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
-        (train_rl, ["--credit=both"], 2, "image or subset"), (train_rl, ["--sampler=euler"], 2, "no noise"),
+        (train_rl, ["--credit=both"], 2, "image or subset"), ["--sampler=euler", "--objective=ppo"], 2, "no noise",
         (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
-        (train_rl, ["--advantage=constant"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
+        (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
         (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
         (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
@@ -2046,9 +2186,8 @@ def test_edm2_as_typed(tmp_path):
     random_edm2(path, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
     random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
     for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"], ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
-        quick = [o for o in QUICK if "forward_every" not in o or "--objective=ppo" not in options]
-        code, out, err = run(train_rl, *quick, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
-        assert code == 0 and "ppo on ancestral" in out and "heun-2" in out, err
+        code, out, err = run(train_rl, *QUICK, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
+        assert code == 0 and " on ancestral" in out and "heun-2" in out, err
         base, tuned = models.load(str(path)), models.load(str(tmp_path / "o" / "ckpt.pt"))
         moved = [k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])]
         assert tuned.family == "edm2" and len(moved) > 30 and not any("fourier" in k for k in moved)
@@ -2058,7 +2197,30 @@ def test_edm2_as_typed(tmp_path):
     draw = lambda *options: run(sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path, "--npz", tmp_path / "s.npz",
                                 *options)[0] or np.load(tmp_path / "s.npz")["arr_0"].astype(int)
     assert abs(draw("--official") - draw("--official", "--batch_size=4")).max() <= 1
+    said = re.search(r"6 images \(heun, 3 steps, seed 0\) in (\S+) s, (\S+) images/s", run(
+        sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path)[1])
+    assert math.isclose(float(said[1]) * float(said[2]), 6, rel_tol=0.3) or float(said[1]) < 0.3
     assert (draw() != draw("--S_churn=30")).any() and (draw() != draw("--official")).any()
+
+
+def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
+    """--ckpt=edm2-tiny by its name, killed and resumed bit for bit; the base and what came of it are merged."""
+    monkeypatch.setattr(models, "ASSETS", str(tmp_path))
+    base = random_edm2(tmp_path / "edm2-tiny.pt", model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
+    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=2", "--save_every=1"]
+    assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
+    killed_at(4, [*argv, "--out", tmp_path / "b"])
+    code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
+    assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
+    code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20", "--pairs=1",
+                         "--reference=80", "--budget=120", "--steps=2", "--judges=tiny", "--num=20", "--num_real=60", "--out",
+                         tmp_path / "m")
+    assert code == 0 and "unet.enc.16x16: " in out, err
+    merged, tuned = (models.load(str(tmp_path / k)).state_dict() for k in ("m/merged.pt", "w/ckpt.pt"))
+    w = torch.tensor(json.load(open(tmp_path / "m" / "merge.json"))["coefficients"]["rl"])
+    groups, name = json.load(open(tmp_path / "m" / "merge.json"))["groups"], "unet.dec.16x16_block0.conv_res0.weight"
+    a, b = w[groups.index("unet.dec.16x16")].tolist()
+    assert torch.allclose(merged[name], a * base.state_dict()[name] + b * tuned[name], atol=1e-5) and abs(a + b - 1) < 1e-5
 
 
 def test_edm2_mistakes(tmp_path):
@@ -2207,6 +2369,21 @@ def test_merge_through_torchrun(tmp_path):
     assert (one - two).abs().max() < 1e-4, (one, two)
 
 
+def test_merge_from_files_of_statistics(tmp_path):
+    """Stored moments and statistics of real images: two images a candidate are enough, in as many dimensions as there are."""
+    real, moments = tmp_path / "r.npz", tmp_path / "m.npz"
+    for path, stream in ((real, "report"), (moments, "select")):
+        assert run(fid, "--features=tiny", "--num_real=300", "--stream", stream, "--stats", path)[0] == 0
+    argv = ["--ckpts", *SNAPSHOTS[:2], "--real", real, "--steps=2", "--images=2", "--pairs=1", "--judges=tiny", "--num=4",
+            "--out", tmp_path / "o"]
+    code, out, err = run(merge_rl, *argv, "--moments", moments, "--budget=8", "--json", tmp_path / "m.json")
+    found = json.load(open(tmp_path / "m.json"))
+    assert code == 0 and re.search(r"rl +8 .*-  +-\n", out), (out, err)
+    assert len(found["candidates"]) == 4 and len({x["reward"] for x in found["candidates"]}) == 4
+    assert "more images than features" in mistakes(merge_rl, *argv, "--reference=4", "--budget=8")[1]
+    assert "in place of" in mistakes(merge_rl, *argv, "--moments", moments, "--credit=subset")[1]
+
+
 def test_merge_mistakes(tmp_path):
     nan, other = tmp_path / "nan.pt", tmp_path / "other.pt"
     model = models.load()
@@ -2276,7 +2453,7 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, out, _ = run(train_rl, *argv, "--resume")
     assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
-    assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
+    assert code == 2 and "lr=5e-05, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")

@@ -1,10 +1,12 @@
 """
-Policy-gradient fine-tuning of an image generator whose reward is an improvement of FID.
+Fine-tuning of an image generator by reinforcement learning whose reward is an improvement of FID.
 
 One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
 property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
 paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
+--objective=ppo is the paper's policy gradient through the noisy steps of the SDE; the default, forward, learns faster
+here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -36,10 +38,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, read_statistics, real_summaries
+from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
 from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
                     is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable, write)
-from reward import KernelSet, Moments, ReferenceSet, Stream, SumSet, gaussian_kernel, standard_error
+from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
 from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
                     schedule, trajectory)
 
@@ -54,9 +56,9 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 50 # rollouts, each with `epochs` updates
+iters = 42 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
-sampler = "" # of rollouts and evaluation, see sample.py; empty: flow for SiT, ancestral for EDM2
+sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
 noise = 0.0 # its noise level; 0: 0.9 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
@@ -64,7 +66,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = "" # sampler of the forward objective's rollouts; empty: euler for SiT, heun for EDM2
+rollout = [] # samplers of forward's rollouts, in turn; empty: flow flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -77,28 +79,29 @@ reference = 2000 # images of the generated reference set: its size (subset, kid,
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
-advantage = "reward" # reward; constant: -1 for every image, the reward-free control (objective=forward)
+advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`, else 0)
+offset = 0.0 # forward: added to every advantage; below 0 it is a drift away from the model's own images
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-objective = "both" # ppo: policy gradient through noisy steps; forward: re-noised clean images; both: in turn
-forward_every = 2 # one iteration in so many is the forward objective's (objective=both)
+objective = "forward" # forward: re-noised clean images; ppo: policy gradient on noisy steps; pathwise: reward's gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
+horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam, ppo; most of its steps are cut by kl_limit; 0: 1e-4 for SiT, 1e-3 for EDM2
-lr_forward = 0.0 # Adam, forward; 0: 3e-5 for SiT, 3e-4 for EDM2
+lr = 0.0 # Adam; 0: for SiT 5e-5 (forward) or 1e-4, ten times as much for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = False # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
-kl_limit = 0.2 # ppo: nats per iteration and image; a longer step is halved until it fits
+kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, a third slower
 # how it is judged
 judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
+stream = "report" # which noise and real images judge: report, or select to choose options by
 num_real = 50000 # real images of the tiny world, each for reward and judging; of a folder each gets half
 num_prdc = 3000 # KID and the neighbour metrics use the first so many
 eval_full = False # also evaluate with 5 times the steps
@@ -106,8 +109,9 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout="euler", lr=1e-4, lr_forward=3e-5),
-            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout="heun", lr=1e-3, lr_forward=3e-4)}
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", scale=1),
+            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", scale=10)}
+RATES = {"forward": 5e-5, "ppo": 1e-4, "pathwise": 1e-4}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -164,17 +168,6 @@ def strongest(advantages, top):
     return selected
 
 
-def stored_moments(path, net, device):
-    """Moments as the images behind a file of statistics left them; their number has to be in it."""
-    num, mu, cov, _ = read_statistics(path, net, device)
-    if num <= net.dim:
-        fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
-    moments = Moments(net.dim, device)
-    moments.weight = moments.squares = float(num)
-    moments.sum, moments.outer = num * mu, (num - 1) * cov + num * torch.outer(mu, mu)
-    return moments
-
-
 class Nets:
     """Feature networks as one: their features side by side."""
     def __init__(self, nets):
@@ -183,11 +176,6 @@ class Nets:
 
     def __call__(self, images):
         return torch.cat([net(images) for net in self.nets], dim=1)
-
-
-def long_enough(memory, batch, dim):
-    """Memory of moments whose effective number of images, batch (1 + memory) / (1 - memory), is at least 5 dim."""
-    return max(memory, (5 * dim - batch) / (5 * dim + batch))
 
 
 class ImageCredit:
@@ -274,16 +262,21 @@ class SubsetCredit:
         self.rng.set_state(state["rng"])
 
 
-def advantages_of(reward_of, features, labels, c):
+def advantages_of(reward_of, features, labels, c, rng):
     """Advantages (n,) of the rollout's images, and the rewards behind them: per image, or per subset."""
     try:
         advantages, reward = reward_of(features, labels, c.bound)
     except ValueError as e:
         fail(f"{e}; raise --batch or --reference, or try another --credit or --features", code=1)
-    if c.top < 1:
+    if c.advantage == "rejection":
+        advantages = (reward >= reward.quantile(1 - c.top)).to(reward)
+    elif c.advantage == "random":
+        advantages = advantages[torch.randperm(len(advantages), generator=rng).to(advantages.device)]
+    elif c.advantage != "reward":
+        advantages = torch.full_like(advantages, -1.0 if c.advantage == "constant" else 0.0)
+    elif c.top < 1:
         advantages = strongest(advantages, c.top)
-    advantages = advantages.repeat_interleave(len(features) // len(advantages))     # a subset's images share its gain
-    return -torch.ones_like(advantages) if c.advantage == "constant" else advantages, reward
+    return advantages.repeat_interleave(len(features) // len(advantages)), reward       # a subset's images share its gain
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -332,6 +325,28 @@ def forward_loss(model, part, old, proximal):
     pull = ((part["u"] - old) * v).flatten(1).mean(1)
     push = (v - old).square().flatten(1).mean(1)
     return part["weight"] * (-part["advantage"] * pull + proximal / 2 * push), old, 0.0
+
+
+def pathwise_pairs(states, velocities, labels, plan, horizon):
+    """Where each image's last `horizon` steps begin, and the noise of these steps. A dict as ppo_pairs'."""
+    K = len(plan.t)
+    noise = [states[k + 1] - gaussian_step(plan, k, states[k], velocities[k])[0] for k in range(K - horizon, K)]
+    return dict(x=states[K - horizon], noise=torch.stack(noise, dim=1), y=labels)
+
+
+def pathwise_loss(model, generator, part, plan, net, reference):
+    """
+    First variation of each image, over its standard deviation, with its gradient through the features, the decoder
+    (quantised: straight through) and the last steps of the sampler on the same noise. Returns loss (b,), None, 0.
+    """
+    x, horizon = part["x"], part["noise"].shape[1]
+    for j in range(horizon):
+        k = len(plan.t) - horizon + j
+        v = model(x, x.new_full((len(x),), plan.t[k].item()), part["y"]).float()
+        x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
+    images = decode(generator, x, quantize=False)
+    psi = reference.influence(net(images + (images.to(torch.uint8) - images).detach()))
+    return psi / psi.std().detach().clamp(min=1e-12), None, 0.0
 
 
 def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
@@ -409,7 +424,7 @@ def judge_model(model, nets, real, floors, samplers, c):
     rows, images = [], None
     for name, steps in samplers:
         last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
-        found = evaluate(exact(model), nets, real, c.num, name, steps, c.noise, last, c.seed, "report", c.num_prdc,
+        found = evaluate(exact(model), nets, real, c.num, name, steps, c.noise, last, c.seed, c.stream, c.num_prdc,
                          c.batch_size, keep=min(c.num, 200))
         images = found["images"] if images is None else images
         for net in nets:
@@ -458,7 +473,8 @@ def histograms(before, after, real, floor):
 def check(c, world):
     """Everything on the command line that cannot work, before anything is loaded."""
     for name, choices in (("reward", ("fd", "kid", "mmd", "sample")), ("credit", ("image", "subset")),
-                          ("objective", ("ppo", "forward", "both")), ("advantage", ("reward", "constant"))):
+                          ("objective", ("forward", "ppo", "pathwise")), ("stream", ("report", "select")),
+                          ("advantage", ("reward", "zero", "random", "constant", "rejection"))):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
     if c.batch % world:
@@ -467,11 +483,14 @@ def check(c, world):
         fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
     if c.credit == "subset" and c.reference < c.subset:
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
-    if c.advantage == "constant" and c.objective != "forward":
-        fail("a constant advantage has no gradient under ppo; the reward-free control is --objective=forward")
-    for name, least in dict(iters=1, epochs=1, forward_every=2, batch_size=1, micro_batch=1, num_prdc=10, num_real=10,
-                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world,
-                            save_every=1).items():
+    if c.advantage in ("constant", "rejection") and c.objective != "forward":
+        fail(f"advantages that are not centred only add noise to ppo; --advantage={c.advantage} needs --objective=forward")
+    if c.advantage == "rejection" and c.top == 1:
+        fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
+    if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample" or not 1 <= c.horizon <= c.steps):
+        fail(f"--objective=pathwise needs --credit=image, a distribution-wise --reward and 1 to {c.steps} steps of horizon")
+    for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, save_every=1,
+                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
@@ -481,8 +500,8 @@ def check(c, world):
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
-    if min(c.lr, c.lr_forward) < 0:
-        fail(f"lr {c.lr}, lr_forward {c.lr_forward}: needed is more than 0, or 0 for the family's own")
+    if c.lr < 0:
+        fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
     if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
@@ -503,8 +522,8 @@ def check(c, world):
     # An option that would do nothing is a mistake too.
     idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
             "credit=subset": ("memory", "moments"), "moments": ("reference",),
-            "objective=ppo": ("proximal", "lr_forward", "rollout", "forward_every"),
-            "objective=forward": ("clip", "lr", "kl_limit", "forward_every")}
+            "objective=ppo": ("proximal", "rollout", "offset", "horizon"), "objective=forward": ("clip", "horizon"),
+            "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "top", "advantage", "bound")}
     for where in (f"reward={c.reward}", f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
@@ -513,15 +532,13 @@ def check(c, world):
 
 
 class Course(NamedTuple):
-    """What an iteration does: its objective, the sampler of its rollouts, and the state that belongs to both."""
-    objective: str
+    """What an iteration does: the sampler of its rollouts, and the state that belongs to it."""
     plan: Schedule
     reward_of: object                       # ImageCredit, SubsetCredit, ..: each sampler has its own reference set
     optimizer: torch.optim.Adam
-    lr: float
 
 
-def begin(c, objective, plan, stored, draw, real, nets, params):
+def begin(c, plan, stored, draw, real, nets, params):
     """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
     features, labels = (torch.empty(0, nets.dim, device=stored.sum.device), None) if stored else draw()
     parts = []
@@ -543,11 +560,10 @@ def begin(c, objective, plan, stored, draw, real, nets, params):
         reward_of = ImageCredit(reference)
     else:
         reward_of = SubsetCredit(reference, labels, c.subset, c.seed)
-    lr = c.lr if objective == "ppo" else c.lr_forward
-    return Course(objective, plan, reward_of, torch.optim.Adam(params, lr=lr, betas=(c.beta1, 0.99)), lr)
+    return Course(plan, reward_of, torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99)))
 
 
-def learn(c, ddp, course, states, velocities, mine, advantages, it):
+def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
     """
     The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so that
     it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and the seconds.
@@ -555,14 +571,17 @@ def learn(c, ddp, course, states, velocities, mine, advantages, it):
     rank, world = dist.get_rank(), dist.get_world_size()
     params = [p for p in ddp.parameters() if p.requires_grad]
     clock, start = [time.perf_counter()], [p.detach().clone() for p in params]
-    rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-    if course.objective == "ppo":
+    if c.objective == "ppo":
         pairs = ppo_pairs(states, mine, advantages[rank::world], course.plan, c.times, rng, rank, world)
         loss_of = lambda m, part, old: ppo_loss(m, part, old, course.plan, c.clip)
+    elif c.objective == "pathwise":
+        pairs = pathwise_pairs(states, velocities, mine, course.plan, c.horizon)
+        loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
     else:
+        advantages = advantages + c.offset
         pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, rng, rank, world)
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
-    lr = course.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else course.lr
+    lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
     course.optimizer.param_groups[0]["lr"] = lr
     few = max(1, 64 // world)
     probe = states[:, :few], velocities[:, :few], mine[:few]
@@ -581,7 +600,7 @@ def learn(c, ddp, course, states, velocities, mine, advantages, it):
 
 def train(c, model, nets, real, plans, stop, stored=None):
     """
-    The iterations, of the objectives in `plans` {objective: Schedule} in turn: fine-tunes `model` in place and writes
+    The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place and writes
     OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored` Moments. An
     iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
     state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
@@ -597,8 +616,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
     if len(set(found)) > 1:
         fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
     blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
-    courses = [begin(c, objective, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
-               for i, (objective, plan) in enumerate(plans.items())]
+    courses = [begin(c, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
+               for i, plan in enumerate(plans.values())]
     average = copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
@@ -623,7 +642,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
     stop.patient = True
     for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
-        turn = int(c.objective == "both" and it % c.forward_every == c.forward_every - 1)
+        turn = list(plans).index(c.rollout[it % len(c.rollout)])
         course = courses[turn]
         if c.refresh and at["turns"][turn] and at["turns"][turn] % c.refresh == 0:
             course.reward_of.push(*draw(at["drawn"], course.plan))
@@ -638,16 +657,17 @@ def train(c, model, nets, real, plans, stop, stored=None):
         at["drawn"] += c.batch
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
-        row, finite, seconds = dict(it=it, objective=course.objective), bool(features.isfinite().all()), []
+        rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
+        row, finite, seconds = dict(it=it, sampler=course.plan.sampler), bool(features.isfinite().all()), []
         if finite:
-            advantages, reward = advantages_of(course.reward_of, features, labels, c)
+            advantages, reward = advantages_of(course.reward_of, features, labels, c, rng)
             if c.credit == "subset" and not c.refresh:
                 course.reward_of.push(features, labels)
             row |= {"fd" if c.reward == "sample" else c.reward: course.reward_of.fd, "reward": reward.mean().item(),
                     "reward_std": reward.std().item(), **course.reward_of.checks}
         clock.append(time.perf_counter())
         if finite:
-            learned, seconds = learn(c, ddp, course, states, velocities, mine, advantages, it)
+            learned, seconds = learn(c, ddp, course, nets, states, velocities, mine, advantages, it, rng)
             row |= learned
             finite = math.isfinite(row["grad_norm"]) and math.isfinite(row["kl"] or 0)
         if finite:
@@ -675,7 +695,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
 # ---- What a run leaves behind --------------------------------------------------------------------------------------
 
 # Options that a resumed run may change without being told: they are not of the training.
-FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "num_prdc", "eval_full")
+FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "stream", "num_prdc", "eval_full")
 
 
 def of_the_run(c):
@@ -746,12 +766,12 @@ class Log:
         for phase, s in seconds.items():
             self.phases[phase] += s
         if "grad_norm" not in row:
-            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  skipped: features are not finite")
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  skipped: features are not finite")
         elif row["it"] % max(1, c.iters // 20) == 0 or row["it"] == c.iters - 1:
             kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
             distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
             checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
-            tqdm.write(f"{row['it']:5d}  {row['objective']:7s}  {distance}  reward {row['reward']:+.1e} "
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  {distance}  reward {row['reward']:+.1e} "
                        f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
                        f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
                        + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
@@ -803,7 +823,7 @@ def memory_estimate(c, model, net, courses, world):
              "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
     gb = {name: 4 * count / 2**30 for name, count in parts.items()}
     pairs = min(c.micro_batch, (c.times or c.steps) * c.batch // world)
-    gb["activations"] = activations(model, pairs) / 2**30
+    gb["activations"] = activations(model, pairs * (c.horizon if c.objective == "pathwise" else 1)) / 2**30
     largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
     return (f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'}, beside the passes of feature "
             "networks and decoder")
@@ -821,12 +841,14 @@ def run(c, stop):
     began = time.time()
     check(c, world)
     model = load_guided(c, device)
-    c = Config(c, **{name: c[name] or value for name, value in FAMILIES[model.family].items()})
+    own = FAMILIES[model.family]
+    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout")},
+               lr=c.lr or RATES[c.objective] * own["scale"])
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    plans = {objective: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas)
-             for objective, name in (("ppo", c.sampler), ("forward", c.rollout)) if c.objective in (objective, "both")}
-    if "ppo" in plans and not len(plans["ppo"].noisy):
+    c["rollout"] = c.rollout if c.objective == "forward" else [c.sampler]
+    plans = {name: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas) for name in c.rollout}
+    if c.objective == "ppo" and not len(plans[c.sampler].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     check_classes(c.real, model.num_classes)
     for block in model.modules():
@@ -840,11 +862,11 @@ def run(c, stop):
     memory = long_enough(c.memory, c.batch, max(nets.dims))
     if c.reward == "fd" and c.credit == "image" and memory > c.memory:
         print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of {5 * max(nets.dims)} "
-               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.3f}")
+               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.5g}")
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: " + ", ".join(f"{name} on {plan.sampler}" for name, plan in plans.items())
-           + f"; {c.credit} credit of {c.reward} in {nets.name} ({nets.dim}-d)\n"
+           f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
+           f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
            + memory_estimate(c, model, nets, len(plans), world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
@@ -857,9 +879,9 @@ def run(c, stop):
                  f"{net.dim}", 1)
     stored = stored_moments(c.moments, nets.nets[0], device) if c.moments else None
     if c.num:
-        samplers = [(name, steps_of(name)) for name in (c.sampler, FAMILIES[model.family]["rollout"])]
+        samplers = [(name, steps_of(name)) for name in (c.sampler, own["ode"])]
         samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
-        real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size)
+        real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
         real_floor = {} if is_statistics(c.real) else real_summaries(
             c.real, judges, "floor", c.num_prdc, c.num, device, size)
         floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
