@@ -1504,7 +1504,8 @@ def test_mistakes_end_in_one_line(tmp_path):
     table = [
         (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"), (train_rl, ["stray"], 2, "stray"),
         (train_rl, ["--lr"], 2, "needs a value"), (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
-        (train_rl, ["--credit=both"], 2, "image or subset"), ["--sampler=euler", "--objective=ppo"], 2, "no noise",
+        (train_rl, ["--credit=both"], 2, "image or subset"),
+        (train_rl, ["--sampler=euler", "--objective=ppo"], 2, "no noise"),
         (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
         (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
         (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
