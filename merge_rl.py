@@ -437,8 +437,8 @@ def table(rows, best, drawn, judges, num_classes):
     """Lines for people; differences are to the row `best`, +- is one standard error."""
     first, *others = [net.name for net in judges]
     with_error = lambda value, error: f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
-    lines = [f"{'method':>8s} {'drawn':>6s} {'FD ' + first:>17s} {'minus ' + best:>17s} {'recall':>6s} {'coverage':>8s} "
-             + " ".join(f"{'FD ' + name:>17s} {'minus ' + best:>17s}" for name in others)]
+    lines = [f"{'method':>8s} {'drawn':>6s} {'FD ' + first:>17s} {'minus ' + best:>17s} {'recall':>6s} {'coverage':>8s}"
+             + "".join(f" {'FD ' + name:>17s} {'minus ' + best:>17s}" for name in others)]
     for name, row in rows.items():
         cells = [f"{name:>8s} {drawn.get(name, 0):6d}"]
         for net in (first, *others):
@@ -529,8 +529,8 @@ def run(c):
     nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
             for name in dict.fromkeys([c.features, *c.judges])}
     net, judges = nets[c.features], [nets[name] for name in c.judges]
-    print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups of "
-           f"coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {net.name}")
+    print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups "
+           f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {net.name}")
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(guided)
     real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
     real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size) if c.num else None
@@ -556,8 +556,8 @@ def run(c):
     w = results[best]
 
     rows = judge_all(basis, results, judges, real_report, c) if c.num else {}
-    found = dict(ckpts=paths, groups=basis.groups, method=best, coefficients={k: v.tolist() for k, v in results.items()},
-                 budget=c.budget, drawn=drawn, seed=c.seed, features=net.name, sampler=c.sampler, steps=c.steps,
+    found = dict(ckpts=paths, groups=basis.groups, method=best,
+                 coefficients={k: v.tolist() for k, v in results.items()}, budget=c.budget, drawn=drawn, seed=c.seed, features=net.name, sampler=c.sampler, steps=c.steps,
                  rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, nets in rows.items()
                        for row in (nets[judge.name] for judge in judges)], seconds=time.time() - began)
     if rank == 0:

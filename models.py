@@ -492,8 +492,8 @@ LATENTS = {
 def attach_vae(model, path):
     """
     Give a latent model its decoder from a file: model.vae takes its latents (B, 4, h, w) => images (B, 3, 8h, 8w) from
-    0 to 255, float32, by the conventions of its family. A function, not a module: neither trained, nor saved, nor counted. Returns the
-    model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
+    0 to 255, float32, by the conventions of its family. A function, not a module: neither trained, nor saved, nor
+    counted. Returns the model. Exit code 2 if a latent model gets no file, or a pixel model gets one.
     """
     if model.shape[0] == 3:
         if path:

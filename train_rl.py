@@ -79,12 +79,12 @@ reference = 2000 # images of the generated reference set: its size (subset, kid,
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
-advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`, else 0)
+advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
 offset = 0.0 # forward: added to every advantage; below 0 it is a drift away from the model's own images
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-objective = "forward" # forward: re-noised clean images; ppo: policy gradient on noisy steps; pathwise: reward's gradient
+objective = "forward" # forward: re-noised clean images; ppo: policy gradient; pathwise: the reward's own gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
@@ -276,7 +276,7 @@ def advantages_of(reward_of, features, labels, c, rng):
         advantages = torch.full_like(advantages, -1.0 if c.advantage == "constant" else 0.0)
     elif c.top < 1:
         advantages = strongest(advantages, c.top)
-    return advantages.repeat_interleave(len(features) // len(advantages)), reward       # a subset's images share its gain
+    return advantages.repeat_interleave(len(features) // len(advantages)), reward   # a subset's images share its gain
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -484,11 +484,13 @@ def check(c, world):
     if c.credit == "subset" and c.reference < c.subset:
         fail(f"reference {c.reference} is smaller than subset {c.subset}")
     if c.advantage in ("constant", "rejection") and c.objective != "forward":
-        fail(f"advantages that are not centred only add noise to ppo; --advantage={c.advantage} needs --objective=forward")
+        fail(f"advantages that are not centred only add noise to ppo: --advantage={c.advantage} needs "
+             "--objective=forward")
     if c.advantage == "rejection" and c.top == 1:
         fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
     if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample" or not 1 <= c.horizon <= c.steps):
-        fail(f"--objective=pathwise needs --credit=image, a distribution-wise --reward and 1 to {c.steps} steps of horizon")
+        fail("--objective=pathwise needs --credit=image, a distribution-wise --reward and a --horizon of 1 to "
+             f"{c.steps} steps")
     for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, save_every=1,
                             refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
@@ -524,7 +526,8 @@ def check(c, world):
             "credit=subset": ("memory", "moments"), "moments": ("reference",),
             "objective=ppo": ("proximal", "rollout", "offset", "horizon"), "objective=forward": ("clip", "horizon"),
             "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "top", "advantage", "bound")}
-    for where in (f"reward={c.reward}", f"credit={c.credit}", f"objective={c.objective}", "moments" if c.moments else ""):
+    chosen = [f"{name}={c[name]}" for name in ("reward", "credit", "objective")] + ["moments"] * bool(c.moments)
+    for where in chosen:
         for name in set(idle.get(where, ())) & set(c.given):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
@@ -565,8 +568,8 @@ def begin(c, plan, stored, draw, real, nets, params):
 
 def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
     """
-    The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so that
-    it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and the seconds.
+    The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so
+    that it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and seconds.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     params = [p for p in ddp.parameters() if p.requires_grad]
@@ -600,9 +603,9 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
 
 def train(c, model, nets, real, plans, stop, stored=None):
     """
-    The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place and writes
-    OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored` Moments. An
-    iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
+    The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place
+    and writes OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored`
+    Moments. An iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
     state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
@@ -679,8 +682,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
         if rank == 0:
             log.write(dict(row, skipped=at["skipped"], images=at["drawn"]), seconds, c)
         if at["in_a_row"] == 5:
-            fail(f"5 iterations in a row had features, a gradient or a path KL that are not finite; the last good state is "
-                 f"{os.path.join(c.out, 'state.pt')}: go on with a lower --lr by --resume --changed", code=1)
+            fail("5 iterations in a row had features, a gradient or a path KL that are not finite; the last good state "
+                 f"is {os.path.join(c.out, 'state.pt')}: go on with a lower --lr by --resume --changed", code=1)
         number = torch.tensor(stop.number)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         if number or at["it"] == c.iters or at["it"] % c.save_every == 0:
