@@ -2234,7 +2234,7 @@ def test_edm2_mistakes(tmp_path):
         found, line = mistakes(sample, "--ckpt", path, "--num=2", "--out", tmp_path, *argv)
         assert found == code and said in line, (argv, line)
     assert "no sampler" in mistakes(sample, "--sampler=ancestral")[1]
-    assert "no noise" in mistakes(train_rl, "--ckpt", path, "--sampler=heun", "--out", tmp_path / "o")[1]
+    assert "no noise" in mistakes(train_rl, "--ckpt", path, "--sampler=heun", "--objective=ppo", "--out", tmp_path / "o")[1]
     assert "sit or edm2" in mistakes(models, "--family=dit")[1]
 
 
