@@ -97,7 +97,7 @@ grad_clip = 1.0 # bound on the gradient's norm
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer step is halved until it fits
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
-checkpointing = False # recompute activations in the backward pass: a fraction of their memory, a third slower
+checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
 # how it is judged
 judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
