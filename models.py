@@ -717,8 +717,8 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
         for slow, gamma in pairs.values():
             torch._foreach_lerp_(slow, params, 1 - (1 - batch / seen) ** (gamma + 1))
         bar.update(batch)
-        while eighths < 8 and done() >= (eighths + 1) / 8:
-            eighths += 1
+        if done() >= (eighths + 1) / 8:
+            eighths = min(8, max(eighths + 1, math.floor(8 * done())))
             snapshot(eighths, seen, averages)
             if state_path:
                 write(state_path, dict(seen=seen, seconds=time.time() - began, rng=rng.get_state(),

@@ -490,12 +490,12 @@ def sharded_figures(path):
     torch.save(found, path)
 
 
-def test_sharded_over_ranks_is_the_same_set(tmp_path):
+def test_sharded_over_ranks_is_the_same_set(tmp_path, ranked):
     sharded_figures(tmp_path / "1.pt")
-    for world in (2, 4):
-        done = torchrun(world, "test_all.py", tmp_path / f"{world}.pt")
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two, four = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 4))
+    done = torchrun(4, "test_all.py", "sharded", tmp_path / "4.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    paths = tmp_path / "1.pt", ranked / "sharded.pt", tmp_path / "4.pt"
+    one, two, four = (torch.load(path, weights_only=True) for path in paths)
     assert len(one) > 1000 and all(torch.allclose(one, x, rtol=1e-12, atol=1e-12) for x in (two, four))
 
 
@@ -1865,26 +1865,47 @@ def torchrun(world, script, *argv, timeout=200):
                           env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
-@pytest.mark.parametrize("credit", [["--credit=image"], ["--credit=subset", "--subset=10"]])
-def test_two_ranks_are_one(tmp_path, credit):
-    argv = ["--iters=3", "--batch=200", "--reference=400", "--num=0", "--num_real=300", "--steps=4", *credit]
-    assert run(train_rl, *argv, "--out", tmp_path / "1")[0] == 0
-    two = torchrun(2, "train_rl.py", *argv, "--out", tmp_path / "2")
-    assert two.returncode == 0, two.stderr[-2000:]
-    logs = [[json.loads(line) for line in open(tmp_path / k / "log.jsonl")] for k in "12"]
+def ranked_runs(out):
+    """What is done once by one rank and once by two: (script, arguments), with their outputs in `out`."""
+    short = ["--iters=3", "--batch=200", "--reference=400", "--num=0", "--num_real=300", "--steps=4"]
+    return [(train_rl, [*short, "--credit=image", "--out", os.path.join(out, "image")]),
+            (train_rl, [*short, "--credit=subset", "--subset=10", "--out", os.path.join(out, "subset")]),
+            (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
+                   os.path.join(out, "fid.json")]),
+            (merge_rl, ["--ckpts", "assets/sit-tiny-0[345]*-0.050.pt", *BRIEF[4:], "--budget=700", "--num=0", "--out",
+                        os.path.join(out, "merge")])]
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    for script, argv in ranked_runs(out):
+        assert run(script, *argv)[0] == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def ranked(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    done = torchrun(2, "test_all.py", "ranked", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("credit", ["image", "subset"])
+def test_two_ranks_are_one(one_rank, ranked, credit):
+    outs = one_rank / credit, ranked / credit
+    logs = [[json.loads(line) for line in open(out / "log.jsonl")] for out in outs]
+    assert len(logs[0]) == len(logs[1]) == 3
     for a, b in zip(*logs):
         assert math.isclose(a["fd"], b["fd"], rel_tol=1e-5) and a["images"] == b["images"]
-    states = [models.load(str(tmp_path / k / "ckpt.pt")).state_dict() for k in "12"]
+    states = [models.load(str(out / "ckpt.pt")).state_dict() for out in outs]
     worst = max((states[0][k] - states[1][k]).abs().max().item() for k in states[0])
     assert worst < 1e-5 * max(v.abs().max() for v in states[0].values()), worst
 
 
-def test_fid_through_torchrun(tmp_path):
-    argv = ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors"]
-    assert run(fid, *argv, "--json", tmp_path / "1.json")[0] == 0
-    two = torchrun(2, "fid.py", *argv, "--json", tmp_path / "2.json")
-    assert two.returncode == 0, two.stderr[-2000:]
-    one, two = (json.load(open(tmp_path / f"{k}.json")) for k in "12")
+def test_fid_of_two_ranks(one_rank, ranked):
+    one, two = (json.load(open(out / "fid.json")) for out in (one_rank, ranked))
     assert math.isclose(one["fid"], two["fid"], rel_tol=1e-3) and one["num"] == two["num"] == 201
     assert abs(one["coverage"] - two["coverage"]) < 0.03
 
@@ -2361,12 +2382,9 @@ def test_merge_goes_on_after_a_signal(tmp_path, number, monkeypatch):
     assert len(calls) == 6 + len(list((tmp_path / "a" / "cache" / "rl").iterdir())) - 5, "nothing was drawn twice"
 
 
-def test_merge_through_torchrun(tmp_path):
-    argv = [*BRIEF, "--budget=700", "--num=0"]
-    assert run(merge_rl, *argv, "--out", tmp_path / "1")[0] == 0
-    two = torchrun(2, "merge_rl.py", *argv, "--out", tmp_path / "2")
-    assert two.returncode == 0, two.stderr[-2000:]
-    one, two = (torch.tensor(json.load(open(tmp_path / k / "merge.json"))["coefficients"]["rl"]) for k in "12")
+def test_merge_of_two_ranks(one_rank, ranked):
+    one, two = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
+                for out in (one_rank, ranked))
     assert (one - two).abs().max() < 1e-4, (one, two)
 
 
@@ -2818,5 +2836,9 @@ if __name__ == "__main__":
         kills(int(sys.argv[2]))
     elif sys.argv[1] == "mutations":
         sys.exit(bool(mutations(float(sys.argv[2]), int((sys.argv + [0])[3]))))
-    else:                                   # under torchrun, by test_sharded_over_ranks_is_the_same_set
-        sharded_figures(sys.argv[1])
+    elif sys.argv[1] == "sharded":          # these two under torchrun, by tests
+        sharded_figures(sys.argv[2])
+    elif sys.argv[1] == "ranked":
+        sharded_figures(os.path.join(sys.argv[2], "sharded.pt"))
+        for script, argv in ranked_runs(sys.argv[2]):
+            script.main(argv)
