@@ -557,7 +557,8 @@ def run(c):
 
     rows = judge_all(basis, results, judges, real_report, c) if c.num else {}
     found = dict(ckpts=paths, groups=basis.groups, method=best,
-                 coefficients={k: v.tolist() for k, v in results.items()}, budget=c.budget, drawn=drawn, seed=c.seed, features=net.name, sampler=c.sampler, steps=c.steps,
+                 coefficients={k: v.tolist() for k, v in results.items()}, budget=c.budget, drawn=drawn, seed=c.seed,
+                 features=net.name, sampler=c.sampler, steps=c.steps,
                  rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, nets in rows.items()
                        for row in (nets[judge.name] for judge in judges)], seconds=time.time() - began)
     if rank == 0:

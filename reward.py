@@ -682,7 +682,7 @@ def main(argv=None):
     distance = lambda mu, cov: distance_to_root(mu, cov, real_mu, reference.stream.real_root)
 
     def row(name, f, count=1, exact=None, slow=None, repeats=1):
-        """Time f, which does `count` of something, and print its line. Returns its result and its best seconds of one."""
+        """Time f, which does `count` of something, and print its line. Returns its result and the best time of one."""
         times = []
         for _ in range(repeats):
             began = time.perf_counter()

@@ -605,8 +605,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
     """
     The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place
     and writes OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored`
-    Moments. An iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a signal the
-    state is saved and the script ends. Returns the average of the model's weights (a model), and the images drawn.
+    Moments. An iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a
+    signal the state is saved and the script ends. Returns the average of the weights (a model), and the images drawn.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     draw = lambda first, plan: draw_features(model, nets, first, c.reference, plan, c.seed, c.batch_size, device)
