@@ -24,10 +24,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,7 +46,9 @@ import train_rl
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
 SCRIPTS = (models, sample, reward, fid, train_rl, merge_rl)
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")     # as it is before models.setup() and any test
 torch.manual_seed(0)
+torch.set_num_threads(1)                                # the other core works beside the tests, see `beside`
 
 
 def golden(name):
@@ -488,15 +492,6 @@ def sharded_figures(path):
     torch.distributed.all_gather_object(everyone, found)
     assert all(torch.equal(x, found) for x in everyone), "the ranks disagree"
     torch.save(found, path)
-
-
-def test_sharded_over_ranks_is_the_same_set(tmp_path, ranked):
-    sharded_figures(tmp_path / "1.pt")
-    done = torchrun(4, "test_all.py", "sharded", tmp_path / "4.pt")
-    assert done.returncode == 0, done.stderr[-2000:]
-    paths = tmp_path / "1.pt", ranked / "sharded.pt", tmp_path / "4.pt"
-    one, two, four = (torch.load(path, weights_only=True) for path in paths)
-    assert len(one) > 1000 and all(torch.allclose(one, x, rtol=1e-12, atol=1e-12) for x in (two, four))
 
 
 @pytest.mark.parametrize("change, said", [
@@ -1861,8 +1856,27 @@ def test_command_line_forms():
 def torchrun(world, script, *argv, timeout=200):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--", script,
                *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ENVIRONMENT)
+
+
+WORKS = {}
+
+
+def beside(work):
+    """A fixture, what work(folder) returns: by processes beside the tests, from the session's start, if a test asks."""
+    WORKS[work.__name__] = work
+
+    def result(begun):
+        return begun[work.__name__].result()
+    return pytest.fixture(scope="session", name=work.__name__)(result)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, tmp_path_factory):
+    asked = {name for item in request.session.items for name in item.fixturenames}
+    pool = ThreadPoolExecutor(1)
+    yield {name: pool.submit(work, tmp_path_factory.mktemp(name)) for name, work in WORKS.items() if name in asked}
+    pool.shutdown(cancel_futures=True)
 
 
 def ranked_runs(out):
@@ -1884,12 +1898,25 @@ def one_rank(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
-def ranked(tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
+@beside
+def ranked(out):
     done = torchrun(2, "test_all.py", "ranked", out)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
+
+
+@beside
+def sharded_by_four(out):
+    done = torchrun(4, "test_all.py", "sharded", out / "sharded.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / "sharded.pt"
+
+
+def test_sharded_over_ranks_is_the_same_set(tmp_path, ranked, sharded_by_four):
+    sharded_figures(tmp_path / "1.pt")
+    paths = tmp_path / "1.pt", ranked / "sharded.pt", sharded_by_four
+    one, two, four = (torch.load(path, weights_only=True) for path in paths)
+    assert len(one) > 1000 and all(torch.allclose(one, x, rtol=1e-12, atol=1e-12) for x in (two, four))
 
 
 @pytest.mark.parametrize("credit", ["image", "subset"])
@@ -2514,10 +2541,9 @@ def test_what_is_not_finite_is_skipped(tmp_path, monkeypatch):
     assert "5 iterations in a row" in mistakes(train_rl, *argv)[1]
 
 
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory):
+@beside
+def two_ranks(out):
     """What a run of two ranks on one node leaves."""
-    out = tmp_path_factory.mktemp("two")
     two = torchrun(2, "train_rl.py", *SHORT, "--save_every=1", "--out", out)
     assert two.returncode == 0, two.stderr[-2000:]
     return left(out)
@@ -2530,59 +2556,80 @@ def two_nodes(*argv, timeout=200):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7",
                "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--", *map(str, argv)]
-    agents = [subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    agents = [subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT) for _ in range(2)]
     said = [agent.communicate(timeout=timeout)[0] for agent in agents]
     return [agent.returncode for agent in agents], said
 
 
-def test_two_nodes_are_one(tmp_path, two_ranks):
-    codes, said = two_nodes("train_rl.py", *SHORT, "--save_every=1", "--out", tmp_path)
+@beside
+def of_two_nodes(out):
+    codes, said = two_nodes("train_rl.py", *SHORT, "--save_every=1", "--out", out)
     assert codes == [0, 0], said
-    assert left(tmp_path) == two_ranks
+    return left(out)
 
 
-def test_a_rank_that_fails_ends_the_others(tmp_path):
-    """An image that rank 1 alone reads is broken: both nodes end, and the cause is named once."""
-    folder = make_folder(tmp_path / "f", 8, 0)
-    (tmp_path / "f" / "003.png").write_bytes(b"\x89PNG....")
+def test_two_nodes_are_one(of_two_nodes, two_ranks):
+    assert of_two_nodes == two_ranks
+
+
+@beside
+def broken_on_one_node(out):
+    folder = make_folder(out / "f", 8, 0)
+    (out / "f" / "003.png").write_bytes(b"\x89PNG....")
     began = time.time()
-    codes, said = two_nodes("fid.py", "--real", folder, "--features=tiny", "--stats", tmp_path / "s.npz")
-    assert codes == [1, 1] and time.time() - began < 100, said          # a minute, after torch was loaded
+    codes, said = two_nodes("fid.py", "--real", folder, "--features=tiny", "--stats", out / "s.npz")
+    return out, codes, said, time.time() - began
+
+
+def test_a_rank_that_fails_ends_the_others(broken_on_one_node):
+    """An image that rank 1 alone reads is broken: both nodes end, and the cause is named once."""
+    out, codes, said, seconds = broken_on_one_node
+    assert codes == [1, 1] and seconds < 100, said                      # a minute, after torch was loaded
     ours = [line for line in "".join(said).split("\n") if re.search("^error|^note: rank", line)]
     assert len(ours) == 2 and sum("003.png is not a readable image" in line for line in ours) == 1, said
-    assert "rank0]: Traceback" not in "".join(said) and not (tmp_path / "s.npz").exists(), said
+    assert "rank0]: Traceback" not in "".join(said) and not (out / "s.npz").exists(), said
 
 
-def test_killed_process_is_resumed_by_torchrun(tmp_path, two_ranks):
-    """kill -9 of one of two ranks in mid-run: torchrun --max_restarts starts both again, and they go on."""
+@beside
+def of_a_killed_rank(out):
     argv = ["train_rl.py", *SHORT, "--save_every=1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--",
-               *argv, "--out", str(tmp_path / "b")]
-    with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as agent:
-        while agent.poll() is None and not (tmp_path / "b" / "state.pt").exists():
+               *argv, "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as agent:
+        while agent.poll() is None and not (out / "state.pt").exists():
             time.sleep(0.02)
         ranks = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(ranks[-1]), signal.SIGKILL)
-        out, _ = agent.communicate(timeout=150)
-    assert agent.returncode == 0 and "resumed at iteration" in out, out[-2000:]
-    assert left(tmp_path / "b") == two_ranks
+        said, _ = agent.communicate(timeout=150)
+    assert agent.returncode == 0 and "resumed at iteration" in said, said[-2000:]
+    return left(out)
 
 
-def test_ranks_may_change_in_mid_run(tmp_path):
+def test_killed_process_is_resumed_by_torchrun(of_a_killed_rank, two_ranks):
+    """kill -9 of one of two ranks in mid-run: torchrun --max_restarts starts both again, and they go on."""
+    assert of_a_killed_rank == two_ranks
+
+
+TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10"]
+
+
+@beside
+def in_turns(out):
+    for world, iters in ((1, 2), (2, 4), (1, 6)):
+        done = torchrun(world, "train_rl.py", *TURNS, f"--iters={iters}", "--resume", "--changed", "--out", out)
+        assert done.returncode == 0 and (iters == 2 or f"resumed at iteration {iters - 2}" in done.stdout), done.stderr
+    return out
+
+
+def test_ranks_may_change_in_mid_run(tmp_path, in_turns):
     """1 rank, 2 ranks, 1 rank: the same images and distances as on 1 rank all along."""
-    argv = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10"]
-    assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
-    turn = lambda iters: [*argv, f"--iters={iters}", "--resume", "--changed", "--out", tmp_path / "c"]
-    assert run(train_rl, *turn(2))[0] == 0
-    two = torchrun(2, "train_rl.py", *turn(4))
-    assert two.returncode == 0 and "resumed at iteration 2" in two.stdout, two.stderr[-2000:]
-    assert run(train_rl, *turn(6))[0] == 0
-    for a, b in zip(open(tmp_path / "c" / "log.jsonl"), open(tmp_path / "w" / "log.jsonl"), strict=True):
+    assert run(train_rl, *TURNS, "--out", tmp_path)[0] == 0
+    for a, b in zip(open(in_turns / "log.jsonl"), open(tmp_path / "log.jsonl"), strict=True):
         a, b = json.loads(a), json.loads(b)
         assert a["images"] == b["images"] and math.isclose(a["fd"], b["fd"], rel_tol=1e-5)
-    states = [models.load(str(tmp_path / k / "ckpt.pt")).state_dict() for k in "cw"]
+    states = [models.load(str(k / "ckpt.pt")).state_dict() for k in (in_turns, tmp_path)]
     worst = max((states[0][k] - states[1][k]).abs().max().item() for k in states[0])
     assert worst < 1e-5 * max(v.abs().max() for v in states[0].values()), worst
 
@@ -2607,10 +2654,14 @@ def test_import_direction():
         assert set(top) & set(allowed) <= may, name
 
 
-def test_import_is_silent():
-    done = subprocess.run([sys.executable, "-c", "import sample, fid, reward, models, train_rl, merge_rl", "--bogus"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@beside
+def imported(out):
+    imports = "import sample, fid, reward, models, train_rl, merge_rl"
+    return subprocess.run([sys.executable, "-c", imports, "--bogus"], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_import_is_silent(imported):
+    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
 
 
 def test_torchrun_swallows_only_num():
@@ -2621,16 +2672,20 @@ def test_torchrun_swallows_only_num():
     assert eaten <= {"num"}, f"torchrun rejects {eaten} behind a script; rename them"
 
 
-def test_a_fork_works(tmp_path):
+@beside
+def forked(out):
     for f in os.listdir(ROOT):
         if f.endswith(".py"):
-            shutil.copy(os.path.join(ROOT, f), tmp_path)
-    os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
-    source = (tmp_path / "train_rl.py").read_text()
-    (tmp_path / "mine.py").write_text(re.sub(r"^iters = \d+", "iters = 1", source, flags=re.M))
-    done = subprocess.run([sys.executable, "mine.py", "--batch=50", "--reference=100", "--num=0", "--num_real=200",
-                           "--out=o"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "; 1 iterations of 50 images" in done.stdout, done.stderr[-2000:]
+            shutil.copy(os.path.join(ROOT, f), out)
+    os.symlink(os.path.join(ROOT, "assets"), out / "assets")
+    source = (out / "train_rl.py").read_text()
+    (out / "mine.py").write_text(re.sub(r"^iters = \d+", "iters = 1", source, flags=re.M))
+    return subprocess.run([sys.executable, "mine.py", "--batch=50", "--reference=100", "--num=0", "--num_real=200",
+                           "--out=o"], cwd=out, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def test_a_fork_works(forked):
+    assert forked.returncode == 0 and "; 1 iterations of 50 images" in forked.stdout, forked.stderr[-2000:]
 
 
 def test_every_command_of_the_readme_exists():
@@ -2786,7 +2841,8 @@ watching = []
 
 
 def watch(event, args):
-    if watching and "torchinductor" not in str(args[:1]) and (event in FORBIDDEN or event == "open" and isinstance(args[2], int) and args[2] & 3):
+    ours = watching and threading.current_thread() is threading.main_thread() and "torchinductor" not in str(args[:1])
+    if ours and (event in FORBIDDEN or event == "open" and isinstance(args[2], int) and args[2] & 3):
         watching[-1].append((event, str(args)[:80]))
 
 
