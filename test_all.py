@@ -2612,7 +2612,7 @@ def test_killed_process_is_resumed_by_torchrun(of_a_killed_rank, two_ranks):
     assert of_a_killed_rank == two_ranks
 
 
-TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10"]
+TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--cosine=false"]
 
 
 @beside

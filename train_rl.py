@@ -60,7 +60,7 @@ iters = 42 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
-noise = 0.0 # its noise level; 0: 0.9 for SiT, 0.7 for EDM2
+noise = 0.0 # its noise level; 0: 0.8 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
@@ -90,11 +90,12 @@ epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam; 0: for SiT 5e-5 (forward) or 1e-4, ten times as much for EDM2
+lr = 0.0 # Adam; 0: 1e-4 for SiT, ten times as much for EDM2
 beta1 = 0.5 # Adam's momentum
-cosine = False # let lr fall to 0 over the run
+cosine = True # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer step is halved until it fits
+pull = 0.01 # share of the way back to the base that the weights go after every iteration: against blind drift (L2-SP)
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -109,9 +110,8 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", scale=1),
-            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", scale=10)}
-RATES = {"forward": 5e-5, "ppo": 1e-4, "pathwise": 1e-4}
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", lr=1e-4),
+            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", lr=1e-3)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -497,8 +497,9 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
-    if not (0 <= c.memory < 1 and 0 < c.top <= 1 and 0 <= c.ema < 1 and 0 <= c.beta1 < 1):
-        fail(f"memory {c.memory}, ema {c.ema} and beta1 {c.beta1} must lie in [0, 1), top {c.top} in (0, 1]")
+    if not (0 < c.top <= 1 and all(0 <= c[name] < 1 for name in ("memory", "ema", "pull", "beta1"))):
+        fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull} and beta1 {c.beta1} must lie in [0, 1), "
+             f"top {c.top} in (0, 1]")
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
@@ -622,6 +623,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
     courses = [begin(c, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
                for i, plan in enumerate(plans.values())]
     average = copy.deepcopy(model)
+    base_params = [p.detach().clone() for p in params] if c.pull else []
     average_params = [p for p in average.parameters() if p.requires_grad]
     at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
     if state:
@@ -675,6 +677,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
             finite = math.isfinite(row["grad_norm"]) and math.isfinite(row["kl"] or 0)
         if finite:
             with torch.no_grad():
+                if c.pull:
+                    torch._foreach_lerp_(params, base_params, c.pull)
                 torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
         at.update(it=it + 1, skipped=at["skipped"] + (not finite), in_a_row=0 if finite else at["in_a_row"] + 1)
 
@@ -822,8 +826,9 @@ def memory_estimate(c, model, net, courses, world):
     """Line for people: what a rank needs during training, in GB, known from sizes alone."""
     weights = sum(p.numel() for p in model.model.parameters())
     rollout = 2 * (c.steps + 1) * (c.batch // world) * math.prod(model.shape)           # states and velocities
-    parts = {"weights": weights, "their average": weights, "undo": weights, "gradients": weights,
-             "Adam": 2 * courses * weights, "rollout": rollout, "moments": 2 * (2 + courses) * net.dim**2}
+    parts = {"weights": weights, "their average": weights, "base": weights * (c.pull > 0), "undo": weights,
+             "gradients": weights, "Adam": 2 * courses * weights, "rollout": rollout,
+             "moments": 2 * (2 + courses) * net.dim**2}
     gb = {name: 4 * count / 2**30 for name, count in parts.items()}
     pairs = min(c.micro_batch, (c.times or c.steps) * c.batch // world)
     gb["activations"] = activations(model, pairs * (c.horizon if c.objective == "pathwise" else 1)) / 2**30
@@ -845,8 +850,7 @@ def run(c, stop):
     check(c, world)
     model = load_guided(c, device)
     own = FAMILIES[model.family]
-    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout")},
-               lr=c.lr or RATES[c.objective] * own["scale"])
+    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout", "lr")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
     c["rollout"] = c.rollout if c.objective == "forward" else [c.sampler]
