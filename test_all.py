@@ -3,7 +3,7 @@ Truths, not calls: closed forms, invariances, independent implementations, and e
 
 python -m pytest -q test_all.py                                 # about five minutes on two cores
 python test_all.py kills 20                                     # by hand: kill -9 at so many moments of a run
-python test_all.py mutations 600                                # by hand: damaged files of every format, so many seconds
+python test_all.py mutations 600                                # by hand: damaged files of all formats, so many seconds
 """
 import argparse
 import contextlib
@@ -89,7 +89,8 @@ def run(script, *argv):
 def mistakes(script, *argv, expect=None):
     code, _, err = run(script, *argv)
     lines = [line for line in re.split(r"[\r\n]", err) if line.startswith("error: ")]
-    assert code in ((1, 2) if expect is None else (expect,)) and len(lines) == 1 and "Traceback" not in err, (argv, code, err)
+    assert code in ((1, 2) if expect is None else (expect,)) and len(lines) == 1 and "Traceback" not in err, (
+        argv, code, err)
     return code, lines[0]
 
 
@@ -105,7 +106,8 @@ def test_frechet_distance_closed_forms():
     assert abs(reward.frechet_distance(zero, eye, zero + 2, eye) - 5 * 2**2) < 1e-9        # shift by 2 in 5 dimensions
     assert abs(reward.frechet_distance(zero, eye, zero, 9 * eye) - 5 * (3 - 1)**2) < 1e-9  # scale by 3
     diag = lambda *x: torch.diag(torch.tensor(x).double())
-    assert abs(reward.frechet_distance(torch.tensor([1., 2, 2]), diag(1., 4, 9), torch.zeros(3), diag(4., 1, 16)) - 12) < 1e-9
+    assert abs(reward.frechet_distance(
+        torch.tensor([1., 2, 2]), diag(1., 4, 9), torch.zeros(3), diag(4., 1, 16)) - 12) < 1e-9
     two = torch.tensor([[2., 1], [1, 2]])
     exact = 9 - 2 * math.sqrt(10 + 4 * math.sqrt(3))
     assert abs(reward.frechet_distance(torch.zeros(2), two, torch.zeros(2), diag(1., 4)) - exact) < 1e-9
@@ -377,7 +379,7 @@ def test_stream_leaves_out_at_its_weights():
 @pytest.mark.parametrize("off", [0.0, 0.1])
 def test_features_in_a_hyperplane(off):
     """
-    Behind a layer norm, in float32, as DINOv2's: Cholesky of the real covariance succeeds on a variance that is rounding.
+    Behind a layer norm, in float32, as DINOv2's: Cholesky of the real covariance succeeds on variance that is rounding.
     Everything is what an evaluation in the d - 1 axes of the hyperplane says; off: of it, generated variance only adds.
     """
     torch.manual_seed(0)
@@ -650,8 +652,8 @@ def test_log_prob_is_torch_distributions():
     x, mean, std = torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4), torch.rand(6, 1, 1, 1) + 0.1
     exact = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x).flatten(1).sum(1)
     assert torch.allclose(sample.log_prob(x, mean, std), exact, rtol=1e-5)
-    assert torch.allclose(sample.log_prob(x, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(x).sum((1, 2, 3)),
-                          rtol=1e-5)
+    assert torch.allclose(sample.log_prob(x, mean, 0.3),
+                          torch.distributions.Normal(mean, 0.3).log_prob(x).sum((1, 2, 3)), rtol=1e-5)
 
 
 class GaussianData(torch.nn.Module):
@@ -677,7 +679,8 @@ def test_sampler_marginals_on_a_gaussian(name):
     t = torch.cat([plan.t, torch.ones(1)])
     for k in (len(xs) // 2, len(xs) - 2, len(xs) - 1):
         mean, std = t[k] * model.m, (t[k]**2 * model.s**2 + (1 - t[k])**2).sqrt()
-        assert abs(xs[k].mean() - mean) < 0.02 and abs(xs[k].std() / std - 1) < 0.04, (name, k, xs[k].mean(), xs[k].std(), std)
+        assert abs(xs[k].mean() - mean) < 0.02 and abs(xs[k].std() / std - 1) < 0.04, (
+            name, k, xs[k].mean(), xs[k].std(), std)
 
 
 def test_no_noise_is_the_ode():
@@ -927,11 +930,12 @@ def test_controls_of_the_advantage():
     plain, shuffled, best = advantages(), advantages(advantage="random"), advantages(advantage="rejection", top=0.25)
     assert not torch.equal(plain, shuffled) and torch.equal(plain.sort().values, shuffled.sort().values)
     assert (advantages(advantage="constant") == -1).all() and (advantages(advantage="zero") == 0).all()
-    assert best.sum() == 10 and features[best == 1, 0].min() > features[best == 0, 0].max(), "the best quarter, nothing else"
+    assert best.sum() == 10 and features[best == 1, 0].min() > features[best == 0, 0].max(), \
+        "the best quarter, nothing else"
 
 
 def test_advantage_one_is_training_on_the_images():
-    """At the rollout policy the forward loss of A = 1 has the gradient of flow matching, so rejection is fine-tuning."""
+    """At the rollout policy the forward loss of A = 1 has flow matching's gradient, so rejection is fine-tuning."""
     model, plan, labels, states, _ = rolled_out(10, "euler")
     pairs = train_rl.forward_pairs(model, states, labels, torch.ones(10), 1, torch.Generator().manual_seed(0), 0, 1)
     gradients = []
@@ -1029,8 +1033,8 @@ def test_folder_and_zip_are_the_same(tmp_path):
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
     quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
-    code, _, err = run(train_rl, *quick, "--iters=5", "--rollout", "flow", "euler", "--credit=subset", "--subset=10", "--refresh=2",
-                       "--num=0", "--out", tmp_path)
+    code, _, err = run(train_rl, *quick, "--iters=5", "--rollout", "flow", "euler", "--credit=subset", "--subset=10",
+                       "--refresh=2", "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
     # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
@@ -1223,7 +1227,8 @@ def test_inception_golden(inception_file, monkeypatch):
         features = net(torch.from_numpy(g[f"images_{size}"]))
         assert features.dtype == torch.float32 and error(features, g[f"pool_{size}"]) < 1e-5, size
         logits = features @ net.w["fc.weight"].T
-        assert error(logits, g[f"logits_nobias_{size}"]) < 1e-5 and error(logits + net.w["fc.bias"], g[f"logits_{size}"]) < 1e-5
+        assert error(logits, g[f"logits_nobias_{size}"]) < 1e-5 \
+            and error(logits + net.w["fc.bias"], g[f"logits_{size}"]) < 1e-5
     for tap, x in (("64", pools[0][1]), ("192", pools[1][1]), ("768", pools[3][0])):
         assert error(x.mean((2, 3)), g[f"tap{tap}_64"]) < 1e-5, tap
 
@@ -1233,9 +1238,9 @@ def test_dinov2_golden(monkeypatch):
     spied(monkeypatch, "layer_norm", norms)
     net(torch.from_numpy(g["images_224"]))
     assert error(norms[-1][1][:, 1:].mean(1), g["patch_mean_224"]) < 1e-5
-    for size in (64, 300):                                  # whoever resizes with PIL beforehand gets the metric's slow mode
-        resized = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).resize((224, 224), Image.Resampling.BICUBIC))
-                            for x in g[f"images_{size}"]]).transpose(0, 3, 1, 2)
+    for size in (64, 300):                          # whoever resizes with PIL beforehand gets the metric's slow mode
+        resized = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).resize(
+            (224, 224), Image.Resampling.BICUBIC)) for x in g[f"images_{size}"]]).transpose(0, 3, 1, 2)
         assert np.array_equal(resized[:1], g[f"resized_pil_{size}"])
         assert error(net(torch.from_numpy(resized)), g[f"cls_pil_{size}"]) < 1e-5, size
     for size in ("224", "torch_64", "torch_300"):
@@ -1363,17 +1368,19 @@ QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real
 def test_train_rl_as_typed(tmp_path):
     code, out, err = run(train_rl, *QUICK, "--out", tmp_path / "o", "--json", tmp_path / "r.json")
     assert code == 0, err
-    assert sorted(os.listdir(tmp_path / "o")) == ["after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "state.pt",
-                                                  "times.jsonl"]
+    assert sorted(os.listdir(tmp_path / "o")) == [
+        "after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "state.pt", "times.jsonl"]
     rows, times = ([json.loads(line) for line in open(tmp_path / "o" / f"{k}.jsonl")] for k in ("log", "times"))
-    assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "gap", "skipped"} <= set(rows[0])
+    assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "gap", "skipped"} \
+        <= set(rows[0])
     assert len(times) == 2 and times[0]["images_per_second"] > 0 and set(times[0]["seconds"]) == {
         "rollout", "reward", "update", "guard"}
     assert "note: image credit" not in out, "120 images a rollout are enough at memory 0.5"
     result = json.load(open(tmp_path / "r.json"))
     assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 200 + 2 * 120
     first = result["after"][0]
-    assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} <= set(first)
+    assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} \
+        <= set(first)
     assert (first["features"], first["sampler"], first["num"]) == ("tiny2", "flow", 200)
     judged = fid.evaluate(models.load(str(tmp_path / "o" / "ckpt.pt")), [fid.feature_net("tiny2")], fid.real_summaries(
         "tiny", [fid.feature_net("tiny2")], "report", 50, 300), 200, steps=4, num_prdc=50)["tiny2"]
@@ -1389,7 +1396,8 @@ def test_train_rl_as_typed(tmp_path):
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
-    ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"], ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"], ["--kl_limit=1e-6"]])
+    ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"],
+    ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"], ["--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
     code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
     assert code == 0, err
@@ -1426,15 +1434,17 @@ def test_fid_as_typed(tmp_path):
         <= set(result) and result["num"] == 300
     folder = make_folder(tmp_path / "f", 60, 0)
     assert run(fid, "--real", folder, "--stats", tmp_path / "r.npz", "--features=factors")[0] == 0
-    code, out, err = run(fid, "--images", folder, "--real", tmp_path / "r.npz", "--features=factors", "--json", tmp_path / "g.json")
+    code, out, err = run(fid, "--images", folder, "--real", tmp_path / "r.npz", "--features=factors",
+                         "--json", tmp_path / "g.json")
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, "a set against its own statistics"
     np.savez(tmp_path / "i.npz", arr_0=torch.cat(list(models.image_batches(folder, 16))).permute(0, 2, 3, 1).numpy())
-    code, out, err = run(fid, "--images", tmp_path / "i.npz", "--real", folder, "--features=factors", "--json", tmp_path / "g.json")
+    code, out, err = run(fid, "--images", tmp_path / "i.npz", "--real", folder, "--features=factors",
+                         "--json", tmp_path / "g.json")
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, err
 
 
 def test_labels_are_balanced_or_random(monkeypatch):
-    """Random labels are uniform, the image's own whatever their number; their error bar holds the variance of classes."""
+    """Random labels are uniform, the image's own whatever their number; the error bar holds the variance of classes."""
     drawn, draw, model, net = [], fid.generate, models.load(), fid.feature_net("factors")
     real = fid.real_summaries("tiny", [net], "report", 10, 200)
     monkeypatch.setattr(fid, "generate", lambda m, seeds, y, *rest: drawn.append(y) or draw(m, seeds, y, *rest))
@@ -1443,7 +1453,8 @@ def test_labels_are_balanced_or_random(monkeypatch):
         stratum = drawn[-1] if labels == "balanced" else None
         assert len(drawn[-1]) == num and row["fid_se"] == reward.standard_error(row["psi"], stratum)
     assert torch.equal(drawn[0], torch.arange(200) % 10) and torch.equal(drawn[2], drawn[1][:150])
-    assert drawn[1].bincount(minlength=10).float().std() > 1 and "balanced or random" in mistakes(fid, "--labels=all")[1]
+    assert drawn[1].bincount(minlength=10).float().std() > 1 \
+        and "balanced or random" in mistakes(fid, "--labels=all")[1]
 
 
 def test_reward_as_typed():
@@ -1475,7 +1486,8 @@ def test_own_images_end_to_end(tmp_path):
     code, out, err = run(models, "--real", folder, "--out", tmp_path / "base.pt", "--minutes=0.03")
     assert code == 0, err
     assert models.load(str(tmp_path / "base.pt")).num_classes == 3
-    code, out, err = run(train_rl, *QUICK, "--ckpt", tmp_path / "base.pt", "--real", folder, "--num=100", "--out", tmp_path / "o")
+    code, out, err = run(train_rl, *QUICK, "--ckpt", tmp_path / "base.pt", "--real", folder, "--num=100",
+                         "--out", tmp_path / "o")
     assert code == 0 and "ckpt.pt" in out, err
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", "--real", folder, "--num=100", "--features=tiny")
     assert code == 0 and "FID" in out, err
@@ -1497,13 +1509,16 @@ def test_mistakes_end_in_one_line(tmp_path):
     nothing.write_bytes(b"")
     (tmp_path / "not.npz").write_bytes(b"PK\x03\x04 cut short")
     table = [
-        (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"), (train_rl, ["stray"], 2, "stray"),
-        (train_rl, ["--lr"], 2, "needs a value"), (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
+        (train_rl, ["--iterz=3"], 2, "--iters"), (train_rl, ["--iters=many"], 2, "int"),
+        (train_rl, ["stray"], 2, "stray"), (train_rl, ["--lr"], 2, "needs a value"),
+        (train_rl, ["--lr=nan"], 2, "finite"), (train_rl, ["--cosine=perhaps"], 2, "true"),
         (train_rl, ["--credit=both"], 2, "image or subset"),
         (train_rl, ["--sampler=euler", "--objective=ppo"], 2, "no noise"),
-        (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"), (train_rl, ["--features=resnet"], 2, "choose"),
-        (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"), (train_rl, ["--batch=0"], 2, "at least 2"),
-        (train_rl, ["--seed=-1"], 2, "not negative"), (train_rl, ["--judges="], 2, "at least one"),
+        (train_rl, ["--credit=subset", "--subset=7"], 2, "does not divide"),
+        (train_rl, ["--features=resnet"], 2, "choose"),
+        (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"),
+        (train_rl, ["--batch=0"], 2, "at least 2"), (train_rl, ["--seed=-1"], 2, "not negative"),
+        (train_rl, ["--judges="], 2, "at least one"),
         (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
         (train_rl, ["--reward=sample", "--credit=subset"], 2, "an image's own"),
@@ -1516,19 +1531,25 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
         (fid, ["--real", nothing], 2, "neither"), (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
         (fid, ["--images", tmp_path / "big.npz"], 1, "16, 16"),
-        (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"), (train_rl, ["--ckpt", text], 1, "not a PyTorch"),
+        (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"),
+        (train_rl, ["--ckpt", text], 1, "not a PyTorch"),
         (train_rl, ["--real", tmp_path / "none"], 2, "does not exist"), (train_rl, ["--real", empty], 1, "no image"),
         (train_rl, ["--real", broken], 1, "not a readable image"), (train_rl, ["--real", loose], 1, "beside"),
-        (train_rl, ["--real", few], 1, "need more than 64"), (train_rl, ["--real", tmp_path / "wrong.npz", "--judges=tiny"], 1, "3-d"),
+        (train_rl, ["--real", few], 1, "need more than 64"),
+        (train_rl, ["--real", tmp_path / "wrong.npz", "--judges=tiny"], 1, "3-d"),
         (sample, ["--sampler=ddim"], 2, "unknown sampler"), (sample, ["--label=10"], 2, "classes 0 to 9"),
-        (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"), (sample, ["--noise=-1"], 2, "negative"),
-        (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"), (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),
+        (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"),
+        (sample, ["--noise=-1"], 2, "negative"),
+        (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"),
+        (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),
         (fid, ["--real", tmp_path / "keys.npz"], 1, "mu and sigma"), (fid, ["--real", text], 2, "neither"),
         (models, ["--real", few, "--out=folder"], 2, ".pt"), (models, ["--only=vae"], 2, "choose"),
-        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"), (reward, ["--subset=9000"], 2, "subset <= num"), (reward, ["--num=100"], 2, "2 dim <= num"),
+        (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"),
+        (reward, ["--subset=9000"], 2, "subset <= num"), (reward, ["--num=100"], 2, "2 dim <= num"),
     ]
     for script, argv, code, said in table:
-        found, line = mistakes(script, *argv, *(["--num_real=100", "--out", tmp_path / "o"] if script is train_rl else []),
+        found, line = mistakes(script, *argv,
+                               *(["--num_real=100", "--out", tmp_path / "o"] if script is train_rl else []),
                                *(["--num_real=100"] if script is fid else []))
         assert found == code and said in line, (argv, found, line)
     assert not (tmp_path / "o").exists() or not any(f.endswith(".part") for f in os.listdir(tmp_path / "o"))
@@ -1551,9 +1572,11 @@ def broken_files(d):
     Image.new("1", (20_000, 10_000)).save(bomb, "png")
     Image.new("1", (20_000, 5_000)).save(flat, "png")
     Image.effect_noise((40, 40), 60).save(jpeg, "jpeg")
-    for name, data in {"0 bytes.png": b"", "cut.png": whole[:700], "cut.jpg": jpeg.getvalue()[:300], "text.png": b"hello",
-                       "bomb.png": bomb.getvalue(), "large.png": flat.getvalue(), "crc.png": whole[:40] + b"\xff" + whole[41:], "half.webp": b"RIFF\x40\x00\x00\x00WEBPVP8 ",
-                       "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
+    for name, data in {"0 bytes.png": b"", "cut.png": whole[:700], "cut.jpg": jpeg.getvalue()[:300],
+                       "text.png": b"hello", "bomb.png": bomb.getvalue(), "large.png": flat.getvalue(),
+                       "crc.png": whole[:40] + b"\xff" + whole[41:], "half.webp": b"RIFF\x40\x00\x00\x00WEBPVP8 ",
+                       "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+                                     b"showpage\n%%EOF\n",
                        "bitmap.png": b"BM" + bytes(60)}.items():
         put(f"{name}/a.{name.split('.')[1]}", data)
         files[name] = path(name)
@@ -1587,8 +1610,9 @@ def broken_files(d):
 
     mu, eye = np.zeros(64), np.eye(64)
     wrong = dict(mu=dict(mu=np.zeros(3), sigma=np.eye(3)), keys=dict(a=1), nan=dict(mu=mu * np.nan, sigma=eye),
-                 inf=dict(mu=mu + np.inf, sigma=eye), skew=dict(mu=mu, sigma=eye + np.eye(64, k=1)), text=dict(mu="x", sigma="y"),
-                 negative=dict(mu=mu, sigma=-eye), cube=dict(mu=mu, sigma=np.zeros((64, 64, 1))), scalar=dict(mu=0.0, sigma=1.0),
+                 inf=dict(mu=mu + np.inf, sigma=eye), skew=dict(mu=mu, sigma=eye + np.eye(64, k=1)),
+                 text=dict(mu="x", sigma="y"), negative=dict(mu=mu, sigma=-eye),
+                 cube=dict(mu=mu, sigma=np.zeros((64, 64, 1))), scalar=dict(mu=0.0, sigma=1.0),
                  objects=dict(mu=np.array([Call(os.system, "touch PWNED")] * 64, object), sigma=eye), only=dict(mu=mu),
                  num=dict(mu=mu, sigma=eye, num="many"), endless=dict(mu=mu, sigma=eye, num=np.inf),
                  other=dict(mu=mu, sigma=eye, features="inception"), weights=dict(mu=mu, sigma=eye, hash=64 * "0"),
@@ -1605,13 +1629,15 @@ def broken_files(d):
     np.savez(path("unsaid.npz"), mu=mu, sigma=eye, features=np.frombuffer(b"\xf0\xff\xff\xff", "<U1")[0:1].reshape(()))
     archive("bytes.npz", {"mu.npy": b"these are no numbers", "sigma.npy": b""})
     archive("images bytes.npz", {"arr_0.npy": b"these are no images"})
-    for name, array in dict(float=np.zeros((9, 16, 16, 3)), flat=np.zeros((9, 768), np.uint8), one=np.zeros((1, 16, 16, 3), np.uint8),
-                            grey=np.zeros((9, 16, 16), np.uint8), none=np.zeros((0, 16, 16, 3), np.uint8)).items():
+    for name, array in dict(float=np.zeros((9, 16, 16, 3)), flat=np.zeros((9, 768), np.uint8),
+                            one=np.zeros((1, 16, 16, 3), np.uint8), grey=np.zeros((9, 16, 16), np.uint8),
+                            none=np.zeros((0, 16, 16, 3), np.uint8)).items():
         np.savez(path(f"images {name}.npz"), arr_0=array)
 
     state = models.load().state_dict()
-    for name, thing in {"list": [1], "number": 3, "words": dict(ema="x"), "call": dict(ema=Call(os.system, "touch PWNED")),
-                        "empty": {}, "few": dict(ema=dict(state, pos_embed=torch.zeros(1, 4, 63))),
+    for name, thing in {"list": [1], "number": 3, "words": dict(ema="x"),
+                        "call": dict(ema=Call(os.system, "touch PWNED")), "empty": {},
+                        "few": dict(ema=dict(state, pos_embed=torch.zeros(1, 4, 63))),
                         "nan": dict(ema=dict(state, pos_embed=state["pos_embed"] * math.nan)),
                         "heads": dict(ema=state, heads=7), "no heads": dict(ema=state, heads="many")}.items():
         torch.save(thing, path(f"{name}.pt"))
@@ -1633,28 +1659,34 @@ def broken_files(d):
     return path
 
 
-BAD_FILES = [                               # script, options in which {} is the folder of broken_files, code, what is said
+BAD_FILES = [                           # script, options in which {} is the folder of broken_files, code, what is said
     *[("stats", ["--real={}/%s" % name], 1, said) for name, said in {
-        "0 bytes.png": "a.png is not a readable image", "cut.png": "truncated", "cut.jpg": "Truncated", "text.png": "identify",
-        "bomb.png": "200000000 pixels", "large.png": "100000000 pixels", "crc.png": "a.png", "half.webp": "a.webp",
-        "script.png": "identify", "bitmap.png": "identify", "loop": "a.png", "dangling": "a.png", "no image": "holds no image",
-        "empty.zip": "holds no image", "texts.zip": "holds no image", "folders.zip": "holds no image",
-        "zeros.zip": "identify", "in bomb.zip": "200000000 pixels", "crc.zip": "a.png", "encrypted.zip": "encrypted",
-        "method.zip": "compression", "directory.zip": "not a readable zip"}.items()],
-    ("stats", ["--real={}/cut.zip"], 2, "neither a folder nor a zip"), ("stats", ["--real={}/nowhere"], 2, "does not exist"),
-    *[("fid", ["--features=tiny", "--images={}/images float.npz", "--real={}/%s.npz" % name], 1, said) for name, said in dict(
-        mu="3-d", keys="mu and sigma", nan="NaN", inf="NaN or infinite", skew="not symmetric", text="not numbers",
-        negative="negative eigenvalues", cube="64-d", scalar="1-d", objects="allow_pickle", only="mu and sigma", num="not numbers",
-        endless="not numbers", other="inception", weights="other weights", complex="not numbers", empty="0-d", bomb="not a readable",
-        plain="not a readable", bare="not a readable", bytes="not a readable", unsaid="no name").items()],
+        "0 bytes.png": "a.png is not a readable image", "cut.png": "truncated", "cut.jpg": "Truncated",
+        "text.png": "identify", "bomb.png": "200000000 pixels", "large.png": "100000000 pixels", "crc.png": "a.png",
+        "half.webp": "a.webp", "script.png": "identify", "bitmap.png": "identify", "loop": "a.png", "dangling": "a.png",
+        "no image": "holds no image", "empty.zip": "holds no image", "texts.zip": "holds no image",
+        "folders.zip": "holds no image", "zeros.zip": "identify", "in bomb.zip": "200000000 pixels", "crc.zip": "a.png",
+        "encrypted.zip": "encrypted", "method.zip": "compression", "directory.zip": "not a readable zip"}.items()],
+    ("stats", ["--real={}/cut.zip"], 2, "neither a folder nor a zip"),
+    ("stats", ["--real={}/nowhere"], 2, "does not exist"),
+    *[("fid", ["--features=tiny", "--images={}/images float.npz", "--real={}/%s.npz" % name], 1, said)
+      for name, said in dict(
+          mu="3-d", keys="mu and sigma", nan="NaN", inf="NaN or infinite", skew="not symmetric", text="not numbers",
+          negative="negative eigenvalues", cube="64-d", scalar="1-d", objects="allow_pickle", only="mu and sigma",
+          num="not numbers", endless="not numbers", other="inception", weights="other weights", complex="not numbers",
+          empty="0-d", bomb="not a readable", plain="not a readable", bare="not a readable", bytes="not a readable",
+          unsaid="no name").items()],
     ("fid", ["--images={}/plain.npz", "--real={}/folder.npz"], 2, "no statistics"),
     *[("fid", ["--features=tiny", "--images={}/images %s.npz" % name], 1, said) for name, said in dict(
-        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)", none="holds 0", bytes="no array").items()],
-    ("fid", ["--images={}/plain.npz"], 1, "not a readable .npz"), ("fid", ["--images={}/bomb.npz"], 1, "needed are images"),
+        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)",
+        none="holds 0", bytes="no array").items()],
+    ("fid", ["--images={}/plain.npz"], 1, "not a readable .npz"),
+    ("fid", ["--images={}/bomb.npz"], 1, "needed are images"),
     *[("sample", ["--ckpt={}/%s" % name], 1, said) for name, said in {
-        "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict", "empty.pt": "no SiT",
-        "call.pt": "posix.system", "few.pt": "another shape", "nan.pt": "NaN or infinite values in pos_embed",
-        "heads.pt": "7 heads for width 64", "no heads.pt": "no SiT", "cut.pt": "not a PyTorch", "cut pickle.pt": "unpack requires", "nothing.pt": "not a PyTorch",
+        "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict",
+        "empty.pt": "no SiT", "call.pt": "posix.system", "few.pt": "another shape",
+        "nan.pt": "NaN or infinite values in pos_embed", "heads.pt": "7 heads for width 64", "no heads.pt": "no SiT",
+        "cut.pt": "not a PyTorch", "cut pickle.pt": "unpack requires", "nothing.pt": "not a PyTorch",
         "plain.pt": "not a PyTorch", "zip.pt": "not a PyTorch", "call.pkl": "posix.system", "list.pkl": "holds no EDM2",
         "nothing.pkl": "EOFError", "deep.pkl": "refused"}.items()],
     ("sample", ["--ckpt={}"], 2, "no checkpoint"), ("sample", ["--guide={}/list.pt"], 1, "needed is a dict"),
@@ -1663,30 +1695,35 @@ BAD_FILES = [                               # script, options in which {} is the
     ("fid", ["--images={}/images none.npz", "--real={}/list.pkl"], 1, "no statistics"),
     ("fid", ["--features=inception", "--features_path={}/list.pt"], 1, "does not hold inception"),
     ("fid", ["--features=dinov2", "--features_path={}/call.pt"], 1, "posix.system"),
-    ("train_rl", ["--moments={}/nan.npz"], 1, "NaN"), ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
+    ("train_rl", ["--moments={}/nan.npz"], 1, "NaN"),
+    ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
     ("train_rl", ["--real={}/crc.zip"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
-    ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"), ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no checkpoint"),
+    ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"),
+    ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no checkpoint"),
     ("merge_rl", ["--ckpts=sit-tiny,sit-tiny", "--real={}/nan.npz", "--judges=tiny"], 1, "NaN"),
-    ("models", ["--real={}/crc.zip", "--out={}/made.pt"], 1, "a.png"), ("models", ["--ckpt={}/cut.pt", "--out={}/made.pt"], 1, "PyTorch"),
+    ("models", ["--real={}/crc.zip", "--out={}/made.pt"], 1, "a.png"),
+    ("models", ["--ckpt={}/cut.pt", "--out={}/made.pt"], 1, "PyTorch"),
     ("models", ["--real={}/mixed.zip", "--out={}/made.pt"], 1, "beside"),
 ]
 BAD_OPTIONS = [
     ("sample", "--seed=-1", "not negative"), ("sample", f"--seed={2**70}", "2^63"), ("sample", "--num=1e3", "type int"),
-    ("sample", "--batch_size=0", "at least"), ("sample", "--label=-2", "classes"), ("sample", "--last=2", "between 0 and 1"),
-    ("sample", "--S_churn=1", "S_churn"), ("sample", "--cfg=inf", "finite"), ("sample", "--official=maybe", "true or false"),
-    ("sample", "--guidance=3", "missing"), ("sample", "--out=/dev/null", "cannot write"), ("sample", "--npz=/dev/null", "cannot write"),
+    ("sample", "--batch_size=0", "at least"), ("sample", "--label=-2", "classes"),
+    ("sample", "--last=2", "between 0 and 1"), ("sample", "--S_churn=1", "S_churn"), ("sample", "--cfg=inf", "finite"),
+    ("sample", "--official=maybe", "true or false"), ("sample", "--guidance=3", "missing"),
+    ("sample", "--out=/dev/null", "cannot write"), ("sample", "--npz=/dev/null", "cannot write"),
     ("fid", "--num=1", "at least"), ("fid", "--stream=train", "report or select"), ("fid", "--num_prdc=3", "at least"),
-    ("fid", "--json=/dev/full", "cannot write"), ("fid", "--stats=/dev/null/x.npz", "cannot write"), ("fid", "--steps=1", "at least 2"),
-    ("reward", "--dim=0", "needed is subset"), ("reward", "--dim=", "type int"), ("models", "--minutes=-1", "negative"),
-    ("models", "--family=vae", "sit or edm2"), ("models", "--lr=nan", "finite"), ("merge_rl", "--memory=1", "[0, 1)"),
-    ("merge_rl", "--judges=tiny,tiny", "different"), ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"),
-    ("train_rl", "--top=0", "(0, 1]"), ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"),
-    ("train_rl", "--lr=-1", "more than 0"), ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
-    ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"), ("train_rl", "--out=/dev/null", "cannot write"),
-    ("train_rl", "--out=" + "x" * 300, "cannot write"), ("train_rl", "--moments=none.npz", "no statistics"),
-    ("train_rl", "--cfg_channels=-1", "cfg_channels"), ("train_rl", "--steps=0", "at least 2"),
-    ("train_rl", "--save_every=0", "at least"), ("sample", "--cfg_channels=4", "cfg_channels"),
-    ("sample", "--out=/dev/null/\n\x1b[2J", "null/??[2J"),
+    ("fid", "--json=/dev/full", "cannot write"), ("fid", "--stats=/dev/null/x.npz", "cannot write"),
+    ("fid", "--steps=1", "at least 2"), ("reward", "--dim=0", "needed is subset"), ("reward", "--dim=", "type int"),
+    ("models", "--minutes=-1", "negative"), ("models", "--family=vae", "sit or edm2"), ("models", "--lr=nan", "finite"),
+    ("merge_rl", "--memory=1", "[0, 1)"), ("merge_rl", "--judges=tiny,tiny", "different"),
+    ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"), ("train_rl", "--top=0", "(0, 1]"),
+    ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"), ("train_rl", "--lr=-1", "more than 0"),
+    ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
+    ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
+    ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
+    ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
+    ("train_rl", "--steps=0", "at least 2"), ("train_rl", "--save_every=0", "at least"),
+    ("sample", "--cfg_channels=4", "cfg_channels"), ("sample", "--out=/dev/null/\n\x1b[2J", "null/??[2J"),
 ]
 
 
@@ -1775,19 +1812,21 @@ def test_full_and_read_only_disks(tmp_path):
             assert found == code and err.count("error: ") == code and "Traceback" not in err, (argv, err)
         assert sorted(os.listdir(full)) == ["a.npz", "grid.png"]
         (full / "fill").write_bytes(bytes((os.statvfs(full).f_bavail - 1) * 4096))
-        table = [(sample, ["--num=99", "--steps=2", "--out", full]), (fid, [*stats, "--features=tiny", "--stats", full / "s.npz"]),
+        table = [(sample, ["--num=99", "--steps=2", "--out", full]),
+                 (fid, [*stats, "--features=tiny", "--stats", full / "s.npz"]),
                  (train_rl, [*SHORT, "--out", full / "t"]),
                  (merge_rl, [*BRIEF, "--budget=700", "--num=0", "--out", full / "m"])]
         for script, argv in table:
             code, line = mistakes(script, *argv)
             assert code == 1 and "cannot write" in line, (argv, line)
-            assert not [p for p in full.rglob("*") if p.name.endswith((".part", ".npz.npz")) or p.name == "ckpt.pt"], argv
+            assert not [p for p in full.rglob("*")
+                        if p.name.endswith((".part", ".npz.npz")) or p.name == "ckpt.pt"], argv
         assert sorted(p.name for p in full.iterdir() if p.is_file()) == ["a.npz", "fill", "grid.png"]
         assert np.load(full / "a.npz")["arr_0"].shape == (9, 16, 16, 3) and Image.open(full / "grid.png").size
     with mounted(tmp_path / "fixed", "ro,size=64k") as fixed:
-        for script, argv in ((sample, ["--out", fixed]), (fid, [*stats, "--stats", fixed / "s.npz"]), (fid, ["--json", fixed / "s"]),
-                             (train_rl, ["--out", fixed / "t"]), (merge_rl, [*BRIEF, "--out", fixed / "m"]),
-                             (models, ["--only=base", "--out", fixed])):
+        for script, argv in ((sample, ["--out", fixed]), (fid, [*stats, "--stats", fixed / "s.npz"]),
+                             (fid, ["--json", fixed / "s"]), (train_rl, ["--out", fixed / "t"]),
+                             (merge_rl, [*BRIEF, "--out", fixed / "m"]), (models, ["--only=base", "--out", fixed])):
             code, line = mistakes(script, *argv)
             assert code == 2 and "cannot write" in line, (argv, line)
 
@@ -1842,7 +1881,8 @@ def test_help_lists_every_constant():
     for script in SCRIPTS:
         code, out, _ = run(script, "--help")
         assert code == 0 and all(f"--{name}=" in out for name, _, _ in models.constants(dict(vars(script))))
-        assert all(note for _, _, note in models.constants(dict(vars(script)))), f"a constant of {script.__name__} has no note"
+        assert all(note for _, _, note in models.constants(dict(vars(script)))), \
+            f"a constant of {script.__name__} has no note"
 
 
 def test_command_line_forms():
@@ -1965,7 +2005,8 @@ def test_edm2_golden():
     assert set(keys) == set(state)
     for name, (shape, total, squares) in keys.items():
         w = state[name].double()
-        assert list(w.shape) == shape and math.isclose(w.sum(), total, abs_tol=1e-9) and math.isclose(w.square().sum(), squares)
+        assert list(w.shape) == shape and math.isclose(w.sum(), total, abs_tol=1e-9) \
+            and math.isclose(w.square().sum(), squares)
     y = g["labels"].argmax(1)
     with torch.no_grad():
         outputs = dict(D_x=model(g["x"], g["sigma"], y), D_x_nolabel=model(g["x"], g["sigma"], torch.full_like(y, 10)),
@@ -2013,9 +2054,11 @@ class GaussianDenoiser(GaussianData):
 @pytest.mark.parametrize("name, noise, churn", [("heun", 1.0, 0), ("euler", 1.0, 0), ("ancestral", 1.0, 0),
                                                 ("ancestral", 0.5, 0), ("heun", 1.0, 40)])
 def test_edm2_sampler_marginals_on_a_gaussian(name, noise, churn):
-    model, plan = GaussianDenoiser(), sample.schedule(name, 200, noise, 0.0, GaussianDenoiser.sigmas, (churn, 0.05, 50, 1.0))
+    model, plan = GaussianDenoiser(), sample.schedule(
+        name, 200, noise, 0.0, GaussianDenoiser.sigmas, (churn, 0.05, 50, 1.0))
     with torch.no_grad():
-        xs = [x for x, _ in sample.trajectory(model, sample.image_seeds(0, "select", range(60)), torch.zeros(60).long(), plan)]
+        xs = [x for x, _ in sample.trajectory(
+            model, sample.image_seeds(0, "select", range(60)), torch.zeros(60).long(), plan)]
     for k in (len(xs) // 2, len(xs) - 1):
         sigma = plan.t[k] if k < len(plan.t) else torch.zeros(())
         std = (model.s**2 + sigma**2).sqrt()
@@ -2029,7 +2072,8 @@ def test_ancestral_is_the_formula_and_without_noise_the_ode():
         s, to = plan.t[k].double(), plan.end[k].double()
         std = min(to, 0.8 * (to**2 * (s**2 - to**2) / s**2).sqrt())
         mean, found = sample.gaussian_step(plan, k, x, D)
-        assert torch.allclose(mean, x + (x - D) / s * ((to**2 - std**2).sqrt() - s), atol=1e-5) and abs(found - std) < 1e-5
+        assert torch.allclose(mean, x + (x - D) / s * ((to**2 - std**2).sqrt() - s), atol=1e-5) \
+            and abs(found - std) < 1e-5
     a, b = (sample.schedule(name, 6, 0.0, 0.0, (0.1, 10.0)) for name in ("ancestral", "euler"))
     assert all(torch.equal(p, q) for p, q in zip(a[1:], b[1:]))
 
@@ -2066,8 +2110,8 @@ def test_filters_are_never_stale():
         conv.weight.data = conv.weight.data + other
 
     state = {k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()}
-    for change in (lambda: conv.weight.copy_(other), lambda: torch._foreach_lerp_([conv.weight], [other * 2 - 1], 0.5), step,
-                   lambda: conv.weight.data.add_(other), replaced, lambda: model.load_state_dict(state),
+    for change in (lambda: conv.weight.copy_(other), lambda: torch._foreach_lerp_([conv.weight], [other * 2 - 1], 0.5),
+                   step, lambda: conv.weight.data.add_(other), replaced, lambda: model.load_state_dict(state),
                    lambda: conv.weight.detach().numpy().__imul__(other.numpy())):
         with torch.no_grad():
             before = model(x, sigma, y)
@@ -2082,7 +2126,8 @@ def test_filters_are_never_stale():
         twin.unet.enc["4x4_block0"].conv_res0.weight.copy_(-other)
         assert not torch.allclose(model(x, sigma, y), twin(x, sigma, y)), "a copy keeps filters of its own"
         for candidate in (other, other + 1, other):             # temporary weights, as in merging
-            out = torch.func.functional_call(model, {"unet.enc.4x4_block0.conv_res0.weight": candidate.clone()}, (x, sigma, y))
+            out = torch.func.functional_call(
+                model, {"unet.enc.4x4_block0.conv_res0.weight": candidate.clone()}, (x, sigma, y))
             conv.weight.copy_(candidate)
             assert torch.equal(out, model(x, sigma, y))
 
@@ -2114,7 +2159,7 @@ class Call:
 
 
 def hostile_pickles(path):
-    """{name: (object, the global that its refusal names, as protocol 4 spells it)}; run, most would leave PWNED behind."""
+    """{name: (object, the global its refusal names, as protocol 4 spells it)}; run, most would leave PWNED behind."""
     write = "open('PWNED', 'w')"
     chain = Call(getattr, Call(getattr, Call(__import__, "os"), "path"), "join")
     storage = io.BytesIO()
@@ -2126,7 +2171,8 @@ def hostile_pickles(path):
             "storage": (Call(torch.storage._load_from_bytes, storage.getvalue()), "posix.system"),
             "objects": (objects, "posix.system"), "plain objects": (np.array([None]), "numpy.dtype('O8')"),
             "popen": (Call(subprocess.Popen, ["touch", "PWNED"]), "subprocess.Popen"),
-            "code": (Call(os.chdir, "/"), "posix.chdir"), "method": (Call(torch.Tensor.numpy, torch.ones(1)), "getattr"),
+            "code": (Call(os.chdir, "/"), "posix.chdir"),
+            "method": (Call(torch.Tensor.numpy, torch.ones(1)), "getattr"),
             "load": (Call(torch.load, str(path)), "torch.serialization.load")}
 
 
@@ -2175,7 +2221,8 @@ def test_damaged_pickles_end_in_one_line(tmp_path):
 def test_statistics_of_edm2_are_arrays():
     g = models.read_pickle(os.path.join(GOLDEN, "ref_edm2.pkl"))
     assert g["num_images"] == 900 and g["fid"]["sigma"].shape == (64, 64) and g["fid"]["sigma"].dtype == np.float64
-    for array in (np.arange(6.0).reshape(2, 3).T, np.array([1, 2], ">i4"), np.array([True]), np.zeros((0, 3), np.float16)):
+    for array in (np.arange(6.0).reshape(2, 3).T, np.array([1, 2], ">i4"), np.array([True]),
+                  np.zeros((0, 3), np.float16)):
         again = models.restore(models.RecordReader(io.BytesIO(pickle.dumps(array, 4))).load(), {})
         assert np.array_equal(again, array) and again.dtype == array.dtype.newbyteorder("=")
 
@@ -2234,17 +2281,20 @@ def test_edm2_as_typed(tmp_path):
     path, weak = tmp_path / "e.pt", tmp_path / "g.pt"
     random_edm2(path, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
     random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
-    for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"], ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
-        code, out, err = run(train_rl, *QUICK, "--num=20", "--judges=factors", "--ckpt", path, "--out", tmp_path / "o", *options)
+    for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"],
+                    ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
+        code, out, err = run(train_rl, *QUICK, "--num=20", "--judges=factors", "--ckpt", path,
+                             "--out", tmp_path / "o", *options)
         assert code == 0 and " on ancestral" in out and "heun-2" in out, err
         base, tuned = models.load(str(path)), models.load(str(tmp_path / "o" / "ckpt.pt"))
         moved = [k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])]
         assert tuned.family == "edm2" and len(moved) > 30 and not any("fourier" in k for k in moved)
-    code, out, err = run(fid, "--ckpt", path, "--guide", weak, "--num=20", "--num_real=20", "--num_prdc=10", "--features=factors",
-                         "--steps=2")
+    code, out, err = run(fid, "--ckpt", path, "--guide", weak, "--num=20", "--num_real=20", "--num_prdc=10",
+                         "--features=factors", "--steps=2")
     assert code == 0 and "heun, 2 steps" in out, err
-    draw = lambda *options: run(sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path, "--npz", tmp_path / "s.npz",
-                                *options)[0] or np.load(tmp_path / "s.npz")["arr_0"].astype(int)
+    draw = lambda *options: run(
+        sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path, "--npz", tmp_path / "s.npz",
+        *options)[0] or np.load(tmp_path / "s.npz")["arr_0"].astype(int)
     assert abs(draw("--official") - draw("--official", "--batch_size=4")).max() <= 1
     said = re.search(r"6 images \(heun, 3 steps, seed 0\) in (\S+) s, (\S+) images/s", run(
         sample, "--ckpt", path, "--num=6", "--steps=3", "--out", tmp_path)[1])
@@ -2261,34 +2311,37 @@ def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
     killed_at(4, [*argv, "--out", tmp_path / "b"])
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
     assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
-    code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20", "--pairs=1",
-                         "--reference=80", "--budget=120", "--steps=2", "--judges=tiny", "--num=20", "--num_real=60", "--out",
-                         tmp_path / "m")
+    code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20",
+                         "--pairs=1", "--reference=80", "--budget=120", "--steps=2", "--judges=tiny", "--num=20",
+                         "--num_real=60", "--out", tmp_path / "m")
     assert code == 0 and "unet.enc.16x16: " in out, err
     merged, tuned = (models.load(str(tmp_path / k)).state_dict() for k in ("m/merged.pt", "w/ckpt.pt"))
     w = torch.tensor(json.load(open(tmp_path / "m" / "merge.json"))["coefficients"]["rl"])
     groups, name = json.load(open(tmp_path / "m" / "merge.json"))["groups"], "unet.dec.16x16_block0.conv_res0.weight"
     a, b = w[groups.index("unet.dec.16x16")].tolist()
-    assert torch.allclose(merged[name], a * base.state_dict()[name] + b * tuned[name], atol=1e-5) and abs(a + b - 1) < 1e-5
+    assert torch.allclose(merged[name], a * base.state_dict()[name] + b * tuned[name], atol=1e-5) \
+        and abs(a + b - 1) < 1e-5
 
 
 def test_edm2_mistakes(tmp_path):
     path, sit = tmp_path / "e.pt", os.path.join(models.ASSETS, "sit-tiny.pt")
     random_edm2(path)
-    table = [(["--sampler=flow"], 2, "heun, euler, ancestral"), (["--last=20"], 2, "first noise level, 10.0"), (["--guide", sit], 1, "sit for"),
-             (["--guide", path, "--cfg=2"], 2, "two ways"), (["--guidance=2"], 2, "missing"),
-             (["--S_churn=5", "--sampler=euler"], 2, "S_churn")]
+    table = [(["--sampler=flow"], 2, "heun, euler, ancestral"), (["--last=20"], 2, "first noise level, 10.0"),
+             (["--guide", sit], 1, "sit for"), (["--guide", path, "--cfg=2"], 2, "two ways"),
+             (["--guidance=2"], 2, "missing"), (["--S_churn=5", "--sampler=euler"], 2, "S_churn")]
     for argv, code, said in table:
         found, line = mistakes(sample, "--ckpt", path, "--num=2", "--out", tmp_path, *argv)
         assert found == code and said in line, (argv, line)
     assert "no sampler" in mistakes(sample, "--sampler=ancestral")[1]
-    assert "no noise" in mistakes(train_rl, "--ckpt", path, "--sampler=heun", "--objective=ppo", "--out", tmp_path / "o")[1]
+    assert "no noise" in mistakes(
+        train_rl, "--ckpt", path, "--sampler=heun", "--objective=ppo", "--out", tmp_path / "o")[1]
     assert "sit or edm2" in mistakes(models, "--family=dit")[1]
 
 
 def test_pretraining_of_edm2_learns(tmp_path):
     torch.manual_seed(0)
-    model, (x, y, _) = models.EDM2(**dict(models.EDM2_TINY, img_resolution=8, channel_mult=[1, 2])), models.tiny_images(200, 0)
+    model, (x, y, _) = models.EDM2(
+        **dict(models.EDM2_TINY, img_resolution=8, channel_mult=[1, 2])), models.tiny_images(200, 0)
     x = x[:, :, ::2, ::2]
     xt, t, u, weight = models.renoise(model, x / 127.5 - 1, torch.randn(x.shape), torch.rand(200))
     losses = []
@@ -2320,7 +2373,8 @@ def test_merge_returns_what_it_was_given(tmp_path):
         merged, stored = basis.merge(merge_rl.one_hot(k, len(basis.groups), 3)).model, models.load(path)
         assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), stored.state_dict().values())), path
     same = basis_of([SNAPSHOTS[1]] * 3).merge(torch.tensor([[0.7, -0.4, 0.7]]).double()).model
-    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), models.load(SNAPSHOTS[1]).state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(
+        same.state_dict().values(), models.load(SNAPSHOTS[1]).state_dict().values()))
     w = torch.tensor([[0.5, -0.25, 0.75]]).double()
     mixed = basis_of(SNAPSHOTS).merge(w).model.state_dict()
     parts = [models.load(path).state_dict() for path in SNAPSHOTS]
@@ -2359,8 +2413,8 @@ def test_posthoc_ema_golden():
 
 
 def test_merge_rl_as_typed(tmp_path):
-    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=200", "--num_prdc=50", "--out", tmp_path,
-                         "--json", tmp_path / "m.json")
+    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=200", "--num_prdc=50",
+                         "--out", tmp_path, "--json", tmp_path / "m.json")
     assert code == 0 and all(f"{name} " in out for name in {"last", *merge_rl.METHODS} - {"line"}), err
     found = json.load(open(tmp_path / "m.json"))
     assert all(spent <= 600 for spent in found["drawn"].values()) and found["drawn"]["rl"] > 400
@@ -2416,12 +2470,12 @@ def test_merge_of_two_ranks(one_rank, ranked):
 
 
 def test_merge_from_files_of_statistics(tmp_path):
-    """Stored moments and statistics of real images: two images a candidate are enough, in as many dimensions as there are."""
+    """Stored moments and statistics of real images: two images a candidate are enough, in all dimensions there are."""
     real, moments = tmp_path / "r.npz", tmp_path / "m.npz"
     for path, stream in ((real, "report"), (moments, "select")):
         assert run(fid, "--features=tiny", "--num_real=300", "--stream", stream, "--stats", path)[0] == 0
-    argv = ["--ckpts", *SNAPSHOTS[:2], "--real", real, "--steps=2", "--images=2", "--pairs=1", "--judges=tiny", "--num=4",
-            "--out", tmp_path / "o"]
+    argv = ["--ckpts", *SNAPSHOTS[:2], "--real", real, "--steps=2", "--images=2", "--pairs=1", "--judges=tiny",
+            "--num=4", "--out", tmp_path / "o"]
     code, out, err = run(merge_rl, *argv, "--moments", moments, "--budget=8", "--json", tmp_path / "m.json")
     found = json.load(open(tmp_path / "m.json"))
     assert code == 0 and re.search(r"rl +8 .*-  +-\n", out), (out, err)
@@ -2594,8 +2648,8 @@ def test_a_rank_that_fails_ends_the_others(broken_on_one_node):
 @beside
 def of_a_killed_rank(out):
     argv = ["train_rl.py", *SHORT, "--save_every=1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "--",
-               *argv, "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3",
+               "--", *argv, "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True) as agent:
         while agent.poll() is None and not (out / "state.pt").exists():
@@ -2701,12 +2755,13 @@ def test_every_command_of_the_readme_exists():
 # ---- Long checks, by hand -------------------------------------------------------------------------------------------
 
 def kills(count, seed=0):
-    """train_rl.py killed -9 at `count` random moments, each third in a save, and resumed: as if nothing had happened."""
+    """train_rl.py killed -9 at `count` random moments, each third in a save, and resumed: as if nothing happened."""
     rng, hit = random.Random(seed), dict(start=0, iteration=0, save=0)
     with tempfile.TemporaryDirectory() as folder:
         out = {k: pathlib.Path(folder, k) for k in "wb"}
         argv = [sys.executable, "train_rl.py", *SHORT, f"--iters={4 * count}", "--save_every=1", "--resume", "--out"]
-        begin = lambda k: subprocess.Popen([*argv, out[k]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begin = lambda k: subprocess.Popen(
+            [*argv, out[k]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         assert begin("w").wait() == 0
         log, part = out["b"] / "log.jsonl", out["b"] / "state.pt.part"
         for i in range(count):
@@ -2804,14 +2859,16 @@ def samples_of_formats(folder):
         "npz statistics": (moments.getvalue(), "a.npz", lambda path: fid.read_statistics(path, tiny)),
         "pkl statistics": (read(path_of("ref_edm2.pkl")), "a.pkl", lambda path: fid.read_statistics(path, other)),
         "pkl network": (read(path_of("malicious_edm2_src.pkl")), "a.pkl", network),
-        "pt edm2": (read(edm2), "a.pt", network), "pt sit": (read(sit), "a.pt", network), "pt state": (read(kept), "state.pt", state),
+        "pt edm2": (read(edm2), "a.pt", network), "pt sit": (read(sit), "a.pt", network),
+        "pt state": (read(kept), "state.pt", state),
         "pt features": (read(path_of("dinov2_tiny.pt")), "a.pt", lambda path: fid.PublishedNet("dinov2", path, "cpu")),
         "safetensors": (read(path_of("st_dtypes.safetensors")), "a.safetensors", models.read_safetensors),
         "vae": (read(vae), "a.safetensors", models.read_vae)}
 
 
-FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect", "shutil.rmtree",
-             "os.remove", "os.rename", "os.mkdir", "os.chdir", "os.symlink", "pty.spawn", "ctypes.dlopen")
+FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect",
+             "shutil.rmtree", "os.remove", "os.rename", "os.mkdir", "os.chdir", "os.symlink", "pty.spawn",
+             "ctypes.dlopen")
 
 
 def mutation(form, seed, parts, folder):
