@@ -66,7 +66,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of forward's rollouts, in turn; empty: 5 x flow to 2 x euler (SiT), ancestral heun (EDM2)
+rollout = [] # samplers of forward's rollouts, in turn; empty: flow flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -77,7 +77,7 @@ credit = "image" # image: first variation of the distance; subset: the exact gai
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
 reference = 2000 # images of the generated reference set: its size (subset, kid, mmd), or its start (image)
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
-memory = 0.5 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
+memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
 offset = 0.0 # forward: added to every advantage; below 0 it is a drift away from the model's own images
@@ -89,8 +89,9 @@ times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of eac
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
+noisiest = 0.5 # forward: re-noised times are of this share, the noisiest; 1: all. Why: see forward_pairs
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam; 0: 1.5e-4 for SiT, 1e-3 for EDM2
+lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # let lr fall to 0 over the run
 grad_clip = 1.0 # bound on the gradient's norm
@@ -110,10 +111,8 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
-FAMILIES = {
-    "sit": dict(sampler="flow", noise=NOISE["sit"], rollout="flow flow flow euler flow flow euler".split(), ode="euler",
-                lr=1.5e-4),
-    "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", lr=1e-3)}
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", lr=1e-4),
+            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun", lr=1e-3)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -297,12 +296,17 @@ def ppo_pairs(states, labels, advantages, plan, times, rng, rank, world):
     return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float())
 
 
-def forward_pairs(model, states, labels, advantages, times, rng, rank, world):
-    """Clean images of this rank, each re-noised at `times` random times. A dict as ppo_pairs'."""
+def forward_pairs(model, states, labels, advantages, times, noisiest, rng, rank, world):
+    """
+    Clean images of this rank, each re-noised at `times` random times of the share `noisiest`. A dict as ppo_pairs'.
+    E[A (u - v_old) | x_t] = Cov(A, u | x_t) + E[A | x_t] (E[u | x_t] - v_old): the first is the policy's improvement,
+    the second what the network gets wrong about its own images. Near the data x_t tells A, and the second is all.
+    """
     x1 = states[-1].repeat(times, 1, 1, 1)
     n = states.shape[1]
     noise = torch.cat([torch.randn(n * world, *x1.shape[1:], generator=rng)[rank::world] for _ in range(times)])
     uniform = torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
+    uniform = noisiest * uniform if model.family == "sit" else 1 - noisiest * uniform
     x, t, u, weight = renoise(model, x1, noise.to(x1.device), uniform.to(x1.device))
     return dict(x=x, t=t, u=u, y=labels.repeat(times), advantage=advantages.float().repeat(times), weight=weight)
 
@@ -499,9 +503,10 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.num and c.num < 2 * world:
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
-    if not (0 < c.top <= 1 and all(0 <= c[name] < 1 for name in ("memory", "ema", "pull", "beta1"))):
+    shares = [c[name] for name in ("memory", "ema", "pull", "beta1")]
+    if not (0 < c.top <= 1 and 0 < c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
         fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull} and beta1 {c.beta1} must lie in [0, 1), "
-             f"top {c.top} in (0, 1]")
+             f"top {c.top} and noisiest {c.noisiest} in (0, 1]")
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
@@ -527,8 +532,10 @@ def check(c, world):
     # An option that would do nothing is a mistake too.
     idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
             "credit=subset": ("memory", "moments"), "moments": ("reference",),
-            "objective=ppo": ("proximal", "rollout", "offset", "horizon"), "objective=forward": ("clip", "horizon"),
-            "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "top", "advantage", "bound")}
+            "objective=ppo": ("proximal", "rollout", "offset", "horizon", "noisiest"),
+            "objective=forward": ("clip", "horizon"),
+            "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "noisiest", "top", "advantage",
+                                   "bound")}
     chosen = [f"{name}={c[name]}" for name in ("reward", "credit", "objective")] + ["moments"] * bool(c.moments)
     for where in chosen:
         for name in set(idle.get(where, ())) & set(c.given):
@@ -585,7 +592,8 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
         loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
     else:
         advantages = advantages + c.offset
-        pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, rng, rank, world)
+        pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, c.noisiest, rng, rank,
+                              world)
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
     lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
     course.optimizer.param_groups[0]["lr"] = lr
