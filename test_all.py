@@ -1396,7 +1396,7 @@ def test_train_rl_as_typed(tmp_path):
     ["--objective=pathwise", "--horizon=2"], ["--advantage=rejection", "--top=0.3"],
     ["--advantage=random", "--offset=-0.5"],
     ["--reward=mmd", "--credit=subset", "--subset=10"], ["--reward=sample"],
-    ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,factors"],
+    ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,tiny2", "--steps=3"],
     ["--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"],
     ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"], ["--kl_limit=1e-6"]])
