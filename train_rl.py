@@ -75,8 +75,8 @@ features = ["tiny"] # feature networks of the reward; the changes of several are
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
-reference = 2000 # images of the generated reference set: its size (subset, kid, mmd), or its start (image)
-moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
+reference = 2000 # images of the generated reference set: its size, or its start (credit=image, if memory > 0)
+moments = "" # start from statistics (fid.py --images .. --stats) instead (credit=image, if memory > 0)
 memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
@@ -110,7 +110,7 @@ eval_full = False # also evaluate with 5 times the steps
 # -----------------------------------------------------------------------------
 
 
-# What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's.
+# What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
 FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", lr=1e-4,
                     noisiest=0.5),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
