@@ -97,7 +97,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x):               # (B, C, H, W) => (B, T, D), T = H W / patch^2
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()    # or all blocks inherit the layout
 
 
 class Attention(nn.Module):

@@ -96,7 +96,7 @@ beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
 grad_clip = 1.0 # bound on the gradient's norm
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.01 # after every update, of any lr, the weights go this share of the way back to the base: against blind drift
+pull = 0.01 # after an update the weights go this share (falling with lr) of the way back to the base: against drift
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -553,9 +553,8 @@ class Course(NamedTuple):
     optimizer: torch.optim.Adam
 
 
-def begin(c, plan, stored, draw, real, nets, params):
-    """A Course that starts from stored Moments, or else from what draw() returns: features (N, d) and labels (N,)."""
-    features, labels = (torch.empty(0, nets.dim, device=stored.sum.device), None) if stored else draw()
+def begin(c, plan, features, labels, stored, real, nets, params):
+    """A Course whose reference set starts from features (N, d), labels (N,), or from stored Moments."""
     parts = []
     for f, net in zip(features.split(nets.dims, dim=1), nets.nets):
         known = real[net.name]
@@ -564,7 +563,7 @@ def begin(c, plan, stored, draw, real, nets, params):
         elif c.reward == "mmd":
             parts.append(KernelSet(f, known.features, gaussian_kernel(known.features)))
         elif c.credit == "image":
-            stream = Stream(f, known.mu, known.cov, long_enough(c.memory, c.batch, max(nets.dims)))
+            stream = Stream(f, known.mu, known.cov, c.memory)
             parts.append(stream.set(copy.copy(stored)) if stored else stream)
         else:
             parts.append(ReferenceSet(f[dist.get_rank()::dist.get_world_size()], known.mu, known.cov, sharded=True))
@@ -631,8 +630,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
     found = gather(torch.tensor([state["at"]["it"] if state else 0]), world).tolist()
     if len(set(found)) > 1:
         fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
-    blank = torch.zeros(c.reference, nets.dim, device=device), torch.arange(c.reference, device=device)
-    courses = [begin(c, plan, stored, lambda: blank if state else draw(i * count, plan), real, nets, params)
+    blank = torch.zeros(count, nets.dim, device=device), torch.arange(count, device=device)
+    courses = [begin(c, plan, *(blank if state or not count else draw(i * count, plan)), stored, real, nets, params)
                for i, plan in enumerate(plans.values())]
     average = copy.deepcopy(model)
     base_params = [p.detach().clone() for p in params] if c.pull else []
@@ -690,7 +689,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         if finite:
             with torch.no_grad():
                 if c.pull:
-                    torch._foreach_lerp_(params, base_params, c.pull)
+                    torch._foreach_lerp_(params, base_params, c.pull * row["lr"] / c.lr)
                 torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
         at.update(it=it + 1, skipped=at["skipped"] + (not finite), in_a_row=0 if finite else at["in_a_row"] + 1)
 
@@ -861,7 +860,7 @@ def run(c, stop):
     began = time.time()
     check(c, world)
     model = load_guided(c, device)
-    own = FAMILIES[model.family]
+    own, given = FAMILIES[model.family], c.given
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout", "lr", "noisiest")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
@@ -878,10 +877,16 @@ def run(c, stop):
     nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
     if c.reward == "sample" and not hasattr(nets.nets[0], "heads"):
         fail(f"{nets.name} features have no classifier; --reward=sample needs --features=tiny or tiny2")
-    memory = long_enough(c.memory, c.batch, max(nets.dims))
-    if c.reward == "fd" and c.credit == "image" and memory > c.memory:
-        print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of {5 * max(nets.dims)} "
-               f"images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised to {memory:.5g}")
+    if c.credit == "image" and c.reward in ("fd", "sample"):
+        memory = long_enough(c.memory, c.batch, max(nets.dims))
+        if memory > c.memory:
+            print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of "
+                   f"{5 * max(nets.dims)} images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised "
+                   f"to {memory:.5g}")
+        for name in {"reference", "moments"} & set(given) if memory == 0 else ():
+            fail(f"--{name} does nothing at memory 0, where the moments are those of each rollout alone; leave it out, "
+                 "or add --memory=0.5")
+        c = Config(c, memory=memory, reference=c.reference if memory else 0)
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
