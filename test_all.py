@@ -1698,6 +1698,8 @@ BAD_FILES = [                           # script, options in which {} is the fol
     ("fid", ["--features=inception", "--features_path={}/list.pt"], 1, "does not hold inception"),
     ("fid", ["--features=dinov2", "--features_path={}/call.pt"], 1, "posix.system"),
     ("train_rl", ["--moments={}/nan.npz"], 1, "NaN"),
+    ("train_rl", ["--batch=400", "--moments={}/nan.npz"], 2, "moments does nothing at memory 0"),
+    ("train_rl", ["--batch=400", "--reference=9"], 2, "reference does nothing at memory 0"),
     ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
     ("train_rl", ["--real={}/crc.zip"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
     ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"),

@@ -56,7 +56,7 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 42 # rollouts, each with `epochs` updates
+iters = 36 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
@@ -104,7 +104,7 @@ checkpointing = False # recompute activations in the backward pass: a fraction o
 judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
 stream = "report" # which noise and real images judge: report, or select to choose options by
-num_real = 50000 # real images of the tiny world, each for reward and judging; of a folder each gets half
+num_real = 20000 # real images of the tiny world, each for reward and judging; of a folder each gets half
 num_prdc = 3000 # KID and the neighbour metrics use the first so many
 eval_full = False # also evaluate with 5 times the steps
 # -----------------------------------------------------------------------------
