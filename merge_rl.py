@@ -32,13 +32,13 @@ from models import (ASSETS, Config, Stop, announce, check_classes, configure, em
                     write)
 from reward import (Moments, ReferenceSet, covariance_root, distance_to_root, influence, long_enough,
                     standard_error)
-from sample import generate, image_seeds, load_guided, save_grid, schedule
+from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule
 
 # -----------------------------------------------------------------------------
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
-out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png, log.jsonl
+out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png, line.png of --method=line
 json = "" # also write the numbers to this file
 seed = 0 # of the search; evaluation has its own stream
 resume = False # go on with the search in OUT at the candidate it was stopped at
@@ -567,6 +567,10 @@ def run(c):
         for path in filter(None, (os.path.join(c.out, "merge.json"), c.json)):
             with whole(path) as f:
                 f.write(dumps(dict(found, candidates=log)).encode())
+        if "line" in methods:
+            points = [(row["w"][0][1], row["fd"]) for row in log if row["method"] == "line"]
+            save_curves(os.path.join(c.out, "line.png"), {f"FD in {net.name}": points},
+                        f"share of {os.path.basename(paths[1])}, the rest {os.path.basename(paths[0])}", "FD")
         for name, picture in (("last", "before.png"), (best, "after.png")):
             if rows:
                 save_grid(os.path.join(c.out, picture), rows[name]["images"])

@@ -11,6 +11,7 @@ python sample.py --ckpt edm2-img512-xs.pkl --steps 32 --guide edm2-img512-xxs-un
 
 Left out on purpose: adaptive solvers (dopri5 makes an image depend on its batch).
 """
+import colorsys
 import math
 import os
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from models import STREAMS, announce, attach_vae, configure, fail, gather, load, print0, setup, whole, writable
@@ -317,6 +318,38 @@ def save_grid(path, images, columns=20):
     with whole(path) as f:
         grid = Image.fromarray(sheet.numpy())
         grid.resize((columns * W * zoom, rows * H * zoom), Image.Resampling.NEAREST).save(f, "png")
+
+
+def ticks(low, high):
+    """Three to seven round numbers from low to high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step *= max(k for k in (1, 2, 5) if k * step <= (high - low) / 3)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
+def save_curves(path, curves, x_name, y_name):
+    """{name: [(x, y), ..]} => one png: curves over axes that start at 0 or below."""
+    width, height, edge = 720, 460, 50
+    points = np.array([p for curve in curves.values() for p in curve], dtype=float)
+    low, high = np.minimum(points.min(0), 0), np.maximum(points.max(0), points.min(0) + 1e-9)
+    place = lambda x, y: (edge + (x - low[0]) / (high[0] - low[0]) * (width - 2 * edge),
+                          height - edge - (y - low[1]) / (high[1] - low[1]) * (height - 2 * edge))
+    sheet = Image.new("RGB", (width + 200, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x in ticks(low[0], high[0]):
+        pen.line((*place(x, low[1]), *place(x, high[1])), fill="gainsboro")
+        pen.text((place(x, 0)[0], height - edge + 6), f"{x:g}", fill="black", anchor="mt")
+    for y in ticks(low[1], high[1]):
+        pen.line((*place(low[0], y), *place(high[0], y)), fill="gainsboro")
+        pen.text((edge - 6, place(0, y)[1]), f"{y:g}", fill="black", anchor="rm")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = tuple(round(255 * v) for v in colorsys.hsv_to_rgb(i / len(curves), 0.9, 0.75))
+        pen.line([place(*p) for p in curve], fill=color, width=2)
+        pen.text((width - edge + 14, edge + 18 * i), name, fill=color)
+    pen.text((width // 2, height - 10), x_name, fill="black", anchor="ms")
+    pen.text((edge, edge - 14), y_name, fill="black", anchor="ls")
+    with whole(path) as f:
+        sheet.save(f, "png")
 
 
 def main(argv=None):

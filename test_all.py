@@ -2430,6 +2430,32 @@ def test_merge_rl_as_typed(tmp_path):
     assert Image.open(tmp_path / "coefficients.png").size[0] >= 240
 
 
+def test_line_between_two_checkpoints(tmp_path):
+    """Its ends are the checkpoints, scored as --method=single does, and its picture has the curve where it belongs."""
+    argv, found = ["--ckpts", *SNAPSHOTS[:2], "--steps=3", "--num_real=300", "--images=10", "--num=0"], {}
+    for method, budget in (("line", 13 * 100), ("single", 2 * 100)):
+        code, out, err = run(merge_rl, *argv, f"--method={method}", f"--budget={budget}", "--out", tmp_path / method)
+        assert code == 0, err
+        found[method] = {tuple(row["w"][0]): row["fd"] for row in json.load(open(tmp_path / method / "merge.json"))[
+            "candidates"]}
+    assert len(found["line"]) == 13 and all(abs(sum(w) - 1) < 1e-9 for w in found["line"])
+    assert all(found["line"][end] == pytest.approx(fd, rel=1e-9) for end, fd in found["single"].items())
+    assert Image.open(tmp_path / "line" / "line.png").convert("RGB").getcolors(10**6)
+    sample.save_curves(str(tmp_path / "c.png"), {"one": [(0, 0), (10, 5)], "two": [(0, 5)]}, "x", "y")
+    picture = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
+    red = (picture[:, :, 0] > picture[:, :, 1] + 50) & (picture[:, :, 1] == picture[:, :, 2])
+    rows, columns = red[:, :670].nonzero()              # right of it is the legend
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == pytest.approx((50, 410, 50, 669), abs=2)
+
+
+def test_ticks_are_round_and_few():
+    for low, high in ((0, 1), (0, 36000), (-0.5, 2.5), (1.9, 2.1), (0, 7.3e-4)):
+        found = sample.ticks(low, high)
+        steps = np.diff(found)
+        assert 3 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9), (low, high, found)
+        assert steps == pytest.approx(steps[0]) and float(f"{steps[0]:.0e}") == pytest.approx(steps[0])
+
+
 @pytest.mark.parametrize("options", [[], ["--credit=subset"], ["--per=block", "--policy=net"], ["--method=greedy"]])
 def test_merge_resumed_is_uninterrupted(tmp_path, options):
     argv = [*BRIEF, "--budget=700", "--num=0", *options]

@@ -80,7 +80,7 @@ moments = "" # start from statistics (fid.py --images .. --stats) instead (credi
 memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
-offset = 0.0 # forward: added to every advantage; below 0 it is a drift away from the model's own images
+offset = 0.2 # forward: added to advantages: the model keeps to what it draws; below 0 it drifts away, see forward_pairs
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
@@ -302,7 +302,8 @@ def forward_pairs(model, states, labels, advantages, times, noisiest, rng, rank,
     """
     Clean images of this rank, each re-noised at `times` random times of the share `noisiest`. A dict as ppo_pairs'.
     E[A (u - v_old) | x_t] = Cov(A, u | x_t) + E[A | x_t] (E[u | x_t] - v_old): the first is the policy's improvement,
-    the second what the network gets wrong about its own images. Near the data x_t tells A, and the second is all.
+    the second what the network gets wrong about its own images, and more near the data, where x_t tells A. Where A > 0
+    it closes that gap, where A < 0 it opens it, and an open gap grows by itself: an offset > 0 keeps it closed.
     """
     x1 = states[-1].repeat(times, 1, 1, 1)
     n = states.shape[1]
