@@ -1925,9 +1925,10 @@ def begun(request, tmp_path_factory):
 
 def ranked_runs(out):
     """What is done once by one rank and once by two: (script, arguments), with their outputs in `out`."""
-    short = ["--iters=3", "--batch=200", "--reference=400", "--num=0", "--num_real=300", "--steps=4"]
-    return [(train_rl, [*short, "--credit=image", "--out", os.path.join(out, "image")]),
-            (train_rl, [*short, "--credit=subset", "--subset=10", "--out", os.path.join(out, "subset")]),
+    short = ["--iters=3", "--num=0", "--num_real=300", "--steps=4"]
+    return [(train_rl, [*short, "--batch=320", "--out", os.path.join(out, "image")]),       # large enough for memory 0
+            (train_rl, [*short, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--out",
+                        os.path.join(out, "subset")]),
             (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
                    os.path.join(out, "fid.json")]),
             (merge_rl, ["--ckpts", "assets/sit-tiny-0[345]*-0.050.pt", *BRIEF[4:], "--budget=700", "--num=0", "--out",
