@@ -80,7 +80,7 @@ moments = "" # start from statistics (fid.py --images .. --stats) instead (credi
 memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
-offset = 0.2 # forward: added to advantages: the model keeps to what it draws; below 0 it drifts away, see forward_pairs
+offset = 0.2 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
@@ -534,7 +534,7 @@ def check(c, world):
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
     idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
-            "credit=subset": ("memory", "moments"), "moments": ("reference",),
+            "credit=subset": ("memory", "moments", "offset"), "moments": ("reference",),
             "objective=ppo": ("proximal", "rollout", "offset", "horizon", "noisiest"),
             "objective=forward": ("clip", "horizon"),
             "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "noisiest", "top", "advantage",
@@ -593,7 +593,7 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
         pairs = pathwise_pairs(states, velocities, mine, course.plan, c.horizon)
         loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
     else:
-        advantages = advantages + c.offset
+        advantages = advantages + (c.offset if c.credit == "image" else 0.0)
         pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, c.noisiest, rng, rank,
                               world)
         loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
