@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from fid import WEIGHTS, evaluate, feature_net, real_summaries, stored_moments
 from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, image_size,
-                    is_statistics, load, pretrain, print0, read_checkpoint, save, setup, stored_parts, whole, writable,
+                    is_statistics, print0, read_checkpoint, save, setup, stored_parts, whole, writable,
                     write)
 from reward import (Moments, ReferenceSet, covariance_root, distance_to_root, influence, long_enough,
                     standard_error)
-from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule
+from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
 
 # -----------------------------------------------------------------------------
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
@@ -50,8 +50,8 @@ policy = "mean" # mean: the coefficients themselves are learned; net: the output
 credit = "image" # image: mean first variation of a candidate's images; subset: exact gain of swapping them in
 images = 128 # per candidate
 pairs = 4 # antithetic pairs of candidates per iteration
-search_std = 0.1 # of the coefficients tried around the mean; falls to half
-lr = 0.12 # of the mean; falls to 0
+search_std = 0.4 # of the coefficients tried around the mean; falls to half
+lr = 0.5 # of the mean; falls to 0
 reference = 1000 # images of the reference set at the start
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration; raised if need be (credit=image)
@@ -379,11 +379,8 @@ def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
     basis, half = search.basis, c.budget // 2
     path = os.path.join(search.folder, "self.pt")
     if not os.path.exists(path):
-        trained, indices = load(basis.paths[-1]), torch.arange(half)
-        batches = generate(trained, image_seeds(c.seed, "train", indices), None, c.sampler, c.steps, 1.0, c.batch_size,
-                           c.noise)
-        pretrain(trained, torch.cat(list(batches)), indices % trained.num_classes, c.seed, lr=1e-4, lr_matrices=3e-4,
-                 lr_knee=math.inf, batch=250, snapshot=lambda *_: None, total=4 * half)
+        plan = schedule(c.sampler, c.steps, c.noise, 0.0, basis.model.sigmas)
+        trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], half, c.seed, c.batch_size)
         if dist.get_rank() == 0:
             save(path, trained)
         dist.barrier()

@@ -673,7 +673,7 @@ def renoise(model, x1, noise, uniform):
 def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total=0, minutes=0.0, state_path=""):
     """
     Flow matching (SiT, at logit-normal times) or denoising (EDM2, at log-normal noise levels) on images x uint8
-    (N, C, H, W), labels y (N,), for `total` images or for `minutes`. Muon (Jordan et al. 2024) for the matrices of
+    (N, C, H, W), or what the model draws in float32, labels y (N,), for `total` images or for `minutes`. Muon (Jordan et al. 2024) for the matrices of
     SiT's blocks, Adam for the rest; EDM2's stored weights are normalised after every update (Karras et al. 2024, 2.3).
     Two power-function averages of the weights are tracked; snapshot(eighth, images_seen, {std: model}) is called at
     every eighth of the run. The rates fall as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
@@ -702,13 +702,15 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     began = time.time() - earlier
     done = lambda: (time.time() - began) / (60 * minutes) if minutes else seen / total
     eighths = math.floor(8 * done())
-    bar = tqdm(total=total or None, initial=seen, desc="pre-training", unit="image", mininterval=5, disable=None)
+    bar = tqdm(total=total or None, initial=seen, desc="pre-training", unit="image", mininterval=5,
+               disable=dist.is_initialized() and dist.get_rank() > 0 or None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
-        x1 = x[k].float() / 127.5 - 1
+        x1 = x[k] if x.is_floating_point() else x[k].float() / 127.5 - 1
         noise, z = torch.randn(x1.shape, generator=rng), torch.randn(batch, generator=rng)
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
         uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)
+        x1, noise, uniform, labels = (part.to(params[0].device) for part in (x1, noise, uniform, labels))
         xt, t, u, weight = renoise(model, x1, noise, uniform)
         loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).mean()
         model.zero_grad()

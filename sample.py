@@ -12,6 +12,7 @@ python sample.py --ckpt edm2-img512-xs.pkl --steps 32 --guide edm2-img512-xxs-un
 Left out on purpose: adaptive solvers (dopri5 makes an image depend on its batch).
 """
 import colorsys
+import copy
 import math
 import os
 import sys
@@ -25,7 +26,8 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from models import STREAMS, announce, attach_vae, configure, fail, gather, load, print0, setup, whole, writable
+from models import (STREAMS, announce, attach_vae, configure, fail, gather, load, pretrain, print0, setup, whole,
+                    writable)
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -295,6 +297,28 @@ def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_siz
         for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan):
             pass
         yield decode(model, x)
+
+
+def self_trained(model, plans, count, seed, batch_size, lr=1e-4, passes=3, batch=250):
+    """
+    A copy of the network that was trained on its own images, `count` by each Schedule, the first of the training
+    stream. What the network gets wrong the copy gets more wrong, so theta - s (theta_self - theta) gets it less wrong
+    (Neon, arXiv 2510.03597). Each rank draws its share, and all train the same copy.
+    """
+    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    drawn = []
+    for i, plan in enumerate(plans):
+        mine = []
+        for part in torch.arange(i * count, (i + 1) * count)[rank::world].split(batch_size):
+            with torch.no_grad():
+                *_, (x, _) = trajectory(model, image_seeds(seed, "train", part), part.to(device) % model.num_classes, plan)
+            mine.append(x)
+        drawn.append(gather(torch.cat(mine), count))
+    images = torch.cat(drawn).cpu()
+    trained = copy.deepcopy(getattr(model, "model", model))
+    pretrain(trained, images, torch.arange(len(images)) % model.num_classes, seed, lr=lr, lr_matrices=3 * lr,
+             lr_knee=math.inf, batch=batch, snapshot=lambda *_: None, total=passes * len(images))
+    return trained
 
 
 def watched(batches, total, **bar):

@@ -1926,8 +1926,9 @@ def begun(request, tmp_path_factory):
 def ranked_runs(out):
     """What is done once by one rank and once by two: (script, arguments), with their outputs in `out`."""
     short = ["--iters=3", "--num=0", "--num_real=300", "--steps=4"]
-    return [(train_rl, [*short, "--batch=320", "--out", os.path.join(out, "image")]),       # large enough for memory 0
-            (train_rl, [*short, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--out",
+    neon = "--neon=1", "--neon_images=50"
+    return [(train_rl, [*short, *neon, "--batch=320", "--out", os.path.join(out, "image")]),       # large enough for memory 0
+            (train_rl, [*short, *neon, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--out",
                         os.path.join(out, "subset")]),
             (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
                    os.path.join(out, "fid.json")]),
@@ -2535,7 +2536,8 @@ def test_merge_mistakes(tmp_path):
 
 # ---- Resuming, stopping, skipping ----------------------------------------------------------------------------------
 
-SHORT = ["--iters=6", "--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=3", "--save_every=2"]
+SHORT = ["--iters=6", "--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=3", "--save_every=2",
+         "--neon=1", "--neon_images=20"]
 
 
 class Killed(Exception):

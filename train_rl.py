@@ -40,10 +40,11 @@ from tqdm import tqdm
 
 from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
 from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
-                    is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable, write)
+                    is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable,
+                    write)
 from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
 from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
-                    schedule, trajectory)
+                    schedule, self_trained, trajectory)
 
 # -----------------------------------------------------------------------------
 ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
@@ -84,6 +85,8 @@ offset = 0.2 # forward, credit=image: added to advantages: the model keeps to wh
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
+neon = 0.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
+neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
 objective = "forward" # forward: re-noised clean images; ppo: policy gradient; pathwise: the reward's own gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
@@ -513,6 +516,10 @@ def check(c, world):
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
+    if c.neon < 0 or c.neon and c.neon_images < world:
+        fail(f"neon {c.neon} must not be negative, and neon_images {c.neon_images} at least {world}")
+    if not c.neon and "neon_images" in c.given:
+        fail("--neon_images does nothing with --neon=0; leave it out")
     if c.lr < 0:
         fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
     if not c.judges or len(set(c.judges)) < len(c.judges):
@@ -545,6 +552,25 @@ def check(c, world):
             fail(f"--{name} does nothing with --{where}; leave it out")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
         writable(path)
+
+
+def step_away(c, model, plans):
+    """
+    The first part, which needs no reward: `model` in place steps away from what it becomes when it is trained on images
+    by each of `plans` (Neon, see sample.self_trained). Kept in OUT/start.pt, from where a resumed run takes it.
+    """
+    path, params = os.path.join(c.out, "start.pt"), [p for p in model.parameters() if p.requires_grad]
+    kept = read_checkpoint(path) if c.resume and os.path.isfile(path) else {}
+    same = torch.tensor(int(bool(kept) and (c.changed or kept.get("config") == of_the_run(c))))
+    dist.all_reduce(same, dist.ReduceOp.MIN)
+    if same:
+        model.model.load_state_dict(kept["ema"])
+        return
+    trained = self_trained(model, plans.values(), c.neon_images, c.seed, c.batch_size)
+    with torch.no_grad():
+        torch._foreach_lerp_(params, [p for p in trained.parameters() if p.requires_grad], -c.neon)
+    if dist.get_rank() == 0:
+        save(path, model.model, config=of_the_run(c))
 
 
 class Course(NamedTuple):
@@ -632,12 +658,13 @@ def train(c, model, nets, real, plans, stop, stored=None):
     if len(set(found)) > 1:
         fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
     blank = torch.zeros(count, nets.dim, device=device), torch.arange(count, device=device)
-    courses = [begin(c, plan, *(blank if state or not count else draw(i * count, plan)), stored, real, nets, params)
-               for i, plan in enumerate(plans.values())]
+    used = len(plans) * c.neon_images if c.neon else 0
+    courses = [begin(c, plan, *(blank if state or not count else draw(used + i * count, plan)), stored, real, nets,
+                     params) for i, plan in enumerate(plans.values())]
     average = copy.deepcopy(model)
     base_params = [p.detach().clone() for p in params] if c.pull else []
     average_params = [p for p in average.parameters() if p.requires_grad]
-    at = dict(it=0, drawn=len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
+    at = dict(it=0, drawn=used + len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
     if state:
         at = state["at"]
         model.model.load_state_dict(state["model"])
@@ -922,6 +949,9 @@ def run(c, stop):
         print0(f"base judged after {time.time() - began:.0f} s")
 
     train_began = time.time()
+    if c.neon:
+        step_away(c, model, plans)
+        print0(f"stepped away from self-training after {time.time() - train_began:.0f} s")
     average, drawn, log = train(c, model, nets, real_train, plans, stop, stored)
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
