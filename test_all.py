@@ -1723,6 +1723,7 @@ BAD_OPTIONS = [
     ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"), ("train_rl", "--top=0", "(0, 1]"),
     ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"), ("train_rl", "--lr=-1", "more than 0"),
     ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
+    ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon_images=9", "does nothing"),
     ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
     ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
     ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
@@ -2538,6 +2539,33 @@ def test_merge_mistakes(tmp_path):
 
 SHORT = ["--iters=6", "--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=3", "--save_every=2",
          "--neon=1", "--neon_images=20"]
+
+
+def test_a_step_away_from_self_training(tmp_path):
+    """The copy fits the network's own images better than the network, and that better than what steps away from it."""
+    base, plan = models.load(), sample.schedule("euler", 4)
+    trained, away = sample.self_trained(base, [plan], 100, 0, 50, lr=3e-3, passes=30, batch=50), models.load()
+    seeds, labels = sample.image_seeds(0, "train", range(100)), torch.arange(100) % 10
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        *_, (x1, _) = sample.trajectory(base, seeds, labels, plan)
+        noise, times = torch.randn(x1.shape, generator=rng), torch.randn(100, generator=rng).sigmoid()
+        x, t, u, _ = models.renoise(base, x1, noise, times)
+        loss = lambda model: (model(x, t, labels) - u).square().mean().item()
+        for p, q in zip(away.parameters(), trained.parameters()):
+            p.add_(p - q)
+        assert loss(trained) < 0.97 * loss(base) and 1.03 * loss(base) < loss(away)
+
+    # With advantages of 0 nothing else happens, and a longer step goes on in a line.
+    argv = [*SHORT, "--iters=1", "--advantage=zero", "--offset=0", "--pull=0"]
+    for size in (1, 3):
+        code, _, err = run(train_rl, *argv, f"--neon={size}", "--out", tmp_path / str(size))
+        assert code == 0, err
+        start, end = (models.load(str(tmp_path / str(size) / name)) for name in ("start.pt", "ckpt.pt"))
+        assert all(torch.equal(p, q) for p, q in zip(start.parameters(), end.parameters()))
+    steps = [torch.cat([(p - q).flatten() for p, q in zip(models.load(str(tmp_path / size / "start.pt")).parameters(),
+                                                          base.parameters())]) for size in "13"]
+    assert steps[0].norm() > 0 and error(steps[1], 3 * steps[0]) < 1e-3
 
 
 class Killed(Exception):
