@@ -273,6 +273,16 @@ class Summary(NamedTuple):
     features: Optional[torch.Tensor]        # (min(num, num_prdc), d) float32; None if only statistics are known
 
 
+class Nets:
+    """Feature networks as one: their features side by side."""
+    def __init__(self, nets):
+        self.nets, self.dims, self.name = nets, [net.dim for net in nets], " + ".join(net.name for net in nets)
+        self.dim = sum(self.dims)
+
+    def __call__(self, images):
+        return torch.cat([net(images) for net in self.nets], dim=1)
+
+
 def real_batches(real, size, role, num):
     """
     This rank's share (image i of rank i % world) of real images, as uint8 batches: num of the tiny world, at most num

@@ -26,12 +26,11 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from fid import WEIGHTS, evaluate, feature_net, real_summaries, stored_moments
+from fid import WEIGHTS, Nets, evaluate, feature_net, real_summaries, stored_moments
 from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, image_size,
                     is_statistics, print0, read_checkpoint, save, setup, stored_parts, whole, writable,
                     write)
-from reward import (Moments, ReferenceSet, covariance_root, distance_to_root, influence, long_enough,
-                    standard_error)
+from reward import Moments, ReferenceSet, Stream, SumSet, covariance_root, distance_to_root, long_enough, standard_error
 from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
 
 # -----------------------------------------------------------------------------
@@ -64,7 +63,7 @@ cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 
 guide = "" # weaker network to guide with instead (autoguidance)
 guidance = 1.4 # scale of the guide
 batch_size = 250 # images in one pass, per rank
-features = "tiny" # feature network of the search, see fid.py
+features = ["tiny"] # feature networks of the search, see fid.py; of several the geometric mean of FD counts
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 judges = ["tiny2", "tiny"] # feature networks of the table; the first is held out from the search
 num = 10000 # fresh images per row of the table; 0: no evaluation
@@ -146,9 +145,10 @@ class Search:
     Draws what candidates make and counts the images. Every candidate's features are kept in OUT/cache, in the order in
     which they were drawn: a resumed search repeats its arithmetic on them, and draws only what is not there yet.
     """
-    def __init__(self, c, basis, net, real, folder, bar):
-        self.c, self.basis, self.net, self.real, self.folder, self.bar = c, basis, net, real, folder, bar
-        self.real_root = covariance_root(real.cov)
+    def __init__(self, c, basis, nets, real, folder, bar):
+        self.c, self.basis, self.nets, self.folder, self.bar = c, basis, nets, folder, bar
+        self.real = [real[net.name] for net in nets.nets]
+        self.device, self.roots = self.real[0].mu.device, [covariance_root(known.cov) for known in self.real]
         self.drawn, self.log = 0, []
         self.key = {name: c[name] for name in c if name not in ("resume", "json", "out", "num", "judges", "num_prdc")}
 
@@ -158,7 +158,7 @@ class Search:
         labels = indices % model.num_classes
         batches = generate(model, image_seeds(c.seed, "train", indices), labels, c.sampler, c.steps, 1.0, c.batch_size,
                            c.noise)
-        return torch.cat([self.net(x.to(self.real.mu.device)) for x in batches])
+        return torch.cat([self.nets(x.to(self.device)) for x in batches])
 
     def draw(self, ws, count, first):
         """Features (len(ws), count, d) of candidates ws (m, G, K), all on images first .. of the training stream."""
@@ -174,9 +174,9 @@ class Search:
                 kept = read_checkpoint(path)
                 if kept.get("key") != self.key or not torch.equal(kept["ws"], part):
                     fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume")
-                features = kept["features"].to(self.real.mu.device)
+                features = kept["features"].to(self.device)
             else:
-                mine = torch.zeros(count, self.net.dim, device=self.real.mu.device)
+                mine = torch.zeros(count, self.nets.dim, device=self.device)
                 if rank < len(part):
                     self.basis.merge(part[rank])
                     mine = self.features_of(indices)
@@ -194,8 +194,12 @@ class Search:
 
     def scores(self, ws, count):
         """FD (m,) of every candidate from `count` images, the same noise and labels in every call."""
-        fds = [distance_to_root(*Moments(self.net.dim, f.device).add(f).gaussian(), self.real.mu, self.real_root).item()
-               for f in self.draw(ws, count, 0)]
+        fds = []
+        for features in self.draw(ws, count, 0):
+            parts = zip(features.split(self.nets.dims, dim=1), self.real, self.roots)
+            each = [distance_to_root(*Moments(f.shape[1], f.device).add(f).gaussian(), known.mu, root).item()
+                    for f, known, root in parts]
+            fds.append(math.prod(each) ** (1 / len(each)))
         for w, fd in zip(ws, fds):
             self.record(w, images=count, fd=fd)
         return fds
@@ -267,24 +271,26 @@ def evolve(reward_of, start, iters, pairs, std, lr, rng, policy="mean", momentum
 def rl(search, c, G, K):
     """RL over the coefficients with the distribution-wise reward."""
     start = one_hot(K - 1, G, K)
-    classes, d = search.basis.model.num_classes, search.net.dim
-    device, reference = search.real.mu.device, None
-    if c.moments:
-        moments = stored_moments(c.moments, search.net, device)
-    else:
-        first = search.draw(start[None], c.reference, 0)[0]
-        moments = Moments(d, device).add(first)
-        reference = ReferenceSet(first, search.real.mu, search.real.cov) if c.credit == "subset" else None
+    classes, d = search.basis.model.num_classes, max(search.nets.dims)
+    first = None if c.moments else search.draw(start[None], c.reference, 0)[0]
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
     iters, memory = (c.budget - search.drawn) // per_iteration, long_enough(c.memory, per_iteration, d)
-    if memory > c.memory and not reference:
+    if memory > c.memory and c.credit == "image":
         print0(f"note: memory is raised to {memory:.3f}, for an effective number of {5 * d} images in {d} dimensions")
+    if c.moments:
+        known = search.real[0]
+        reference = Stream(torch.empty(0, d, device=search.device), known.mu, known.cov, memory)
+        reference.set(stored_moments(c.moments, search.nets.nets[0], search.device))
+    else:
+        parts = [Stream(f, known.mu, known.cov, memory) if c.credit == "image" else
+                 ReferenceSet(f, known.mu, known.cov)
+                 for f, known in zip(first.split(search.nets.dims, dim=1), search.real)]
+        reference = SumSet(parts, search.nets.dims) if len(parts) > 1 else parts[0]
 
     def by_image(it, mean, ws):
         f = search.draw(ws, c.images, c.reference + it * c.images)
-        moments.fade(memory).add(f.flatten(0, 1))
-        psi = influence(f.flatten(0, 1), *moments.gaussian(), search.real.mu, search.real_root)
-        rewards = -psi.view(len(ws), c.images).mean(1)
+        reference.push(f.flatten(0, 1))
+        rewards = -reference.influence(f.flatten(0, 1)).view(len(ws), c.images).mean(1)
         for w, reward in zip(ws, rewards.tolist()):
             search.record(w, images=c.images, reward=reward)
         return rewards
@@ -294,7 +300,7 @@ def rl(search, c, G, K):
         f = search.draw(torch.cat([ws, mean[None]]), c.images, c.reference + it * c.images)
         slots = (it * c.images + torch.arange(c.images, device=f.device)) % c.reference
         rewards = reference.swap_gain(slots, f[:-1])
-        reference.replace(slots, f[-1])
+        reference.push(f[-1])
         for w, reward in zip(ws, rewards.tolist()):
             search.record(w, images=c.images, reward=reward)
         return rewards
@@ -302,7 +308,7 @@ def rl(search, c, G, K):
     if not c.moments and c.reference % classes or c.images % classes and c.credit == "subset":
         print0(f"note: reference {c.reference} and images {c.images} are not multiples of the {classes} classes")
     rng = torch.Generator().manual_seed(c.seed)
-    return evolve(by_swap if reference else by_image, start, iters, c.pairs, c.search_std, c.lr, rng, c.policy)
+    return evolve(by_image if c.credit == "image" else by_swap, start, iters, c.pairs, c.search_std, c.lr, rng, c.policy)
 
 
 def single(search, c, G, K):
@@ -485,16 +491,19 @@ def check(c, world):
     if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
         fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
              f"and the reference of {first}; raise it, or lower --images or --reference")
-    if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given):
-        fail("--moments are in place of a reference, for --method=rl with --credit=image")
+    if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given
+                      or len(c.features) > 1):
+        fail("--moments are in place of a reference, for --method=rl with --credit=image and one of --features")
     if not (0 <= c.memory < 1 and c.search_std > 0 and c.lr > 0):
         fail(f"memory {c.memory} must lie in [0, 1), search_std {c.search_std} and lr {c.lr} above 0")
     if c.num and c.num < 2 * world:
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
     if not c.judges or len(set(c.judges)) < len(c.judges):
         fail(f"judges {c.judges}: needed are different feature networks, at least one")
-    if is_statistics(c.real) and c.num and c.judges != [c.features]:
-        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features}, or --num=0")
+    if not c.features or len(set(c.features)) < len(c.features):
+        fail(f"features {c.features}: needed are different feature networks, at least one")
+    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
+        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
     for path in filter(None, (os.path.join(c.out, "merged.pt"), c.json)):
         writable(path)
 
@@ -523,13 +532,13 @@ def run(c):
     methods = [name for name in METHODS if not obstacle(name, paths)] if c.method == "all" else [c.method]
     if obstacle(methods[0], paths):
         fail(f"--method={c.method}: {obstacle(methods[0], paths)}")
-    nets = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
-            for name in dict.fromkeys([c.features, *c.judges])}
-    net, judges = nets[c.features], [nets[name] for name in c.judges]
+    made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
+            for name in dict.fromkeys([*c.features, *c.judges])}
+    nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
     print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups "
-           f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {net.name}")
+           f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {nets.name}")
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(guided)
-    real_train = real_summaries(c.real, [net], "train", 1, num_real, device, size)[net.name]
+    real_train = real_summaries(c.real, nets.nets, "train", 1, num_real, device, size)
     real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size) if c.num else None
 
     results, drawn, log = {}, {}, []
@@ -541,7 +550,7 @@ def run(c):
             os.makedirs(folder, exist_ok=True)
         dist.barrier()
         with tqdm(total=c.budget, desc=name, unit="image", disable=rank > 0 or None) as bar:
-            search = Search(c, basis, net, real_train, folder, bar)
+            search = Search(c, basis, nets, real_train, folder, bar)
             try:
                 results[name] = METHODS[name](search, c, G, K)
             except ValueError as e:
@@ -555,9 +564,9 @@ def run(c):
     rows = judge_all(basis, results, judges, real_report, c) if c.num else {}
     found = dict(ckpts=paths, groups=basis.groups, method=best,
                  coefficients={k: v.tolist() for k, v in results.items()}, budget=c.budget, drawn=drawn, seed=c.seed,
-                 features=net.name, sampler=c.sampler, steps=c.steps,
-                 rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, nets in rows.items()
-                       for row in (nets[judge.name] for judge in judges)], seconds=time.time() - began)
+                 features=nets.name, sampler=c.sampler, steps=c.steps,
+                 rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, judged in rows.items()
+                       for row in (judged[judge.name] for judge in judges)], seconds=time.time() - began)
     if rank == 0:
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
         save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups, paths)
@@ -566,7 +575,7 @@ def run(c):
                 f.write(dumps(dict(found, candidates=log)).encode())
         if "line" in methods:
             points = [(row["w"][0][1], row["fd"]) for row in log if row["method"] == "line"]
-            save_curves(os.path.join(c.out, "line.png"), {f"FD in {net.name}": points},
+            save_curves(os.path.join(c.out, "line.png"), {f"FD in {nets.name}": points},
                         f"share of {os.path.basename(paths[1])}, the rest {os.path.basename(paths[0])}", "FD")
         for name, picture in (("last", "before.png"), (best, "after.png")):
             if rows:

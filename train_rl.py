@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from fid import WEIGHTS, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
+from fid import WEIGHTS, Nets, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
 from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
                     is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable,
                     write)
@@ -172,16 +172,6 @@ def strongest(advantages, top):
     selected = torch.zeros_like(advantages)
     selected[kept] = advantages[kept] - advantages[kept].mean()
     return selected
-
-
-class Nets:
-    """Feature networks as one: their features side by side."""
-    def __init__(self, nets):
-        self.nets, self.dims, self.name = nets, [net.dim for net in nets], " + ".join(net.name for net in nets)
-        self.dim = sum(self.dims)
-
-    def __call__(self, images):
-        return torch.cat([net(images) for net in self.nets], dim=1)
 
 
 class ImageCredit:
