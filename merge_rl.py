@@ -37,7 +37,7 @@ from sample import generate, image_seeds, load_guided, save_curves, save_grid, s
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
-out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png, line.png of --method=line
+out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png; line.png
 json = "" # also write the numbers to this file
 seed = 0 # of the search; evaluation has its own stream
 resume = False # go on with the search in OUT at the candidate it was stopped at
@@ -308,7 +308,8 @@ def rl(search, c, G, K):
     if not c.moments and c.reference % classes or c.images % classes and c.credit == "subset":
         print0(f"note: reference {c.reference} and images {c.images} are not multiples of the {classes} classes")
     rng = torch.Generator().manual_seed(c.seed)
-    return evolve(by_image if c.credit == "image" else by_swap, start, iters, c.pairs, c.search_std, c.lr, rng, c.policy)
+    reward_of = by_image if c.credit == "image" else by_swap
+    return evolve(reward_of, start, iters, c.pairs, c.search_std, c.lr, rng, c.policy)
 
 
 def single(search, c, G, K):
@@ -536,7 +537,8 @@ def run(c):
             for name in dict.fromkeys([*c.features, *c.judges])}
     nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
     print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups "
-           f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in {nets.name}")
+           f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in "
+           f"{nets.name}")
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(guided)
     real_train = real_summaries(c.real, nets.nets, "train", 1, num_real, device, size)
     real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size) if c.num else None

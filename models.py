@@ -673,11 +673,12 @@ def renoise(model, x1, noise, uniform):
 def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total=0, minutes=0.0, state_path=""):
     """
     Flow matching (SiT, at logit-normal times) or denoising (EDM2, at log-normal noise levels) on images x uint8
-    (N, C, H, W), or what the model draws in float32, labels y (N,), for `total` images or for `minutes`. Muon (Jordan et al. 2024) for the matrices of
-    SiT's blocks, Adam for the rest; EDM2's stored weights are normalised after every update (Karras et al. 2024, 2.3).
-    Two power-function averages of the weights are tracked; snapshot(eighth, images_seen, {std: model}) is called at
-    every eighth of the run. The rates fall as 1/sqrt(images), so nothing but the last snapshot knows when the run ends.
-    With a state_path everything is kept there at every eighth, and a run that finds it goes on from it.
+    (N, C, H, W), or what the model draws in float32, labels y (N,), for `total` images or for `minutes`. Muon (Jordan
+    et al. 2024) for the matrices of SiT's blocks, Adam for the rest; EDM2's stored weights are normalised after every
+    update (Karras et al. 2024, 2.3). Two power-function averages of the weights are tracked; snapshot(eighth,
+    images_seen, {std: model}) is called at every eighth of the run. The rates fall as 1/sqrt(images), so nothing but
+    the last snapshot knows when the run ends. With a state_path everything is kept there at every eighth, and a run
+    that finds it goes on from it.
     """
     rng = torch.Generator().manual_seed(seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}

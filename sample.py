@@ -310,8 +310,9 @@ def self_trained(model, plans, count, seed, batch_size, lr=1e-4, passes=3, batch
     for i, plan in enumerate(plans):
         mine = []
         for part in torch.arange(i * count, (i + 1) * count)[rank::world].split(batch_size):
+            seeds, labels = image_seeds(seed, "train", part), part.to(device) % model.num_classes
             with torch.no_grad():
-                *_, (x, _) = trajectory(model, image_seeds(seed, "train", part), part.to(device) % model.num_classes, plan)
+                *_, (x, _) = trajectory(model, seeds, labels, plan)
             mine.append(x)
         drawn.append(gather(torch.cat(mine), count))
     images = torch.cat(drawn).cpu()

@@ -1928,7 +1928,7 @@ def ranked_runs(out):
     """What is done once by one rank and once by two: (script, arguments), with their outputs in `out`."""
     short = ["--iters=3", "--num=0", "--num_real=300", "--steps=4"]
     neon = "--neon=1", "--neon_images=50"
-    return [(train_rl, [*short, *neon, "--batch=320", "--out", os.path.join(out, "image")]),       # large enough for memory 0
+    return [(train_rl, [*short, *neon, "--batch=320", "--out", os.path.join(out, "image")]),    # enough for memory 0
             (train_rl, [*short, *neon, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--out",
                         os.path.join(out, "subset")]),
             (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
