@@ -2459,6 +2459,24 @@ def test_ticks_are_round_and_few():
         assert steps == pytest.approx(steps[0]) and float(f"{steps[0]:.0e}") == pytest.approx(steps[0])
 
 
+def test_merge_in_two_networks(tmp_path):
+    """A score is the geometric mean of the FD in each network; each credit finds coefficients of its own in both."""
+    argv, scores, found = [*BRIEF, "--num=0", "--reference=200", "--budget=800"], {}, {}
+    for features in ("factors", "pixels", "factors,pixels"):
+        code, _, err = run(merge_rl, *argv, "--method=single", "--budget=900", f"--features={features}",
+                           "--num_real=2000", "--out", tmp_path / "s")
+        assert code == 0, err
+        scores[features] = [row["fd"] for row in json.load(open(tmp_path / "s" / "merge.json"))["candidates"]]
+    both = [math.sqrt(a * b) for a, b in zip(scores["factors"], scores["pixels"])]
+    assert scores["factors,pixels"] == pytest.approx(both, rel=1e-6)
+    for credit in ("image", "subset"):
+        for features in ("factors", "tiny,factors"):
+            code, _, err = run(merge_rl, *argv, f"--credit={credit}", f"--features={features}", "--out", tmp_path / "r")
+            assert code == 0, err
+            found[credit, features] = tuple(json.load(open(tmp_path / "r" / "merge.json"))["coefficients"]["rl"][0])
+    assert len(set(found.values())) == 4 and all(abs(sum(w) - 1) < 1e-9 for w in found.values())
+
+
 @pytest.mark.parametrize("options", [[], ["--credit=subset"], ["--per=block", "--policy=net"], ["--method=greedy"]])
 def test_merge_resumed_is_uninterrupted(tmp_path, options):
     argv = [*BRIEF, "--budget=700", "--num=0", *options]
