@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
-                    is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, tiny_images,
-                    whole, writable)
+                    is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, share_cores,
+                    tiny_images, whole, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
 from sample import NOISE, generate, image_seeds, load_guided, schedule, watched
 
@@ -556,6 +556,8 @@ def images_summary(images, num, num_prdc, net, device):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        share_cores()
     rank, world, device = setup()
     if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
         fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "

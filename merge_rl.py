@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from fid import WEIGHTS, Nets, evaluate, feature_net, real_summaries, stored_moments
 from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, image_size,
-                    is_statistics, print0, read_checkpoint, save, setup, stored_parts, whole, writable,
-                    write)
+                    is_statistics, print0, read_checkpoint, save, setup, share_cores, stored_parts, whole,
+                    writable, write)
 from reward import Moments, ReferenceSet, Stream, SumSet, covariance_root, distance_to_root, long_enough, standard_error
 from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
 
@@ -511,6 +511,8 @@ def check(c, world):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        share_cores()
     with Stop():                            # at once: all that was drawn but the present candidates is in the cache
         run(c)
 

@@ -25,7 +25,10 @@ import os
 import pickle
 import re
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -1065,6 +1068,8 @@ def save(path, model, dtype=None, **extra):
 def fail(message, code=2):
     """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
     message = "".join(c if c.isprintable() else "?" for c in message)
+    if "CORE" in os.environ:
+        time.sleep(3)                       # what is true for all rank 0 has said by now, and ended this one
     if code == 1 or os.environ.get("RANK", "0") == "0":         # the command line is the same on all ranks
         tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
     raise SystemExit(code)
@@ -1178,6 +1183,32 @@ def lost(kind, error, trace):
         print(f"note: rank {os.environ['RANK']} ends, as another rank has ended", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def share_cores(divides=0):
+    """
+    A script typed by hand on a CPU goes on as rank 0 of several, at most 4, whose number divides `divides`: processes
+    of one thread draw faster than threads of one process. The others run the same command, and end with this one.
+    Nothing under torchrun, with a GPU, or with one thread (OMP_NUM_THREADS=1).
+    """
+    if "CORE" in os.environ:                # one of the others: its standard input ends when rank 0 does, by any means
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    threads = torch.get_num_threads()
+    world = max(n for n in range(1, min(4, threads) + 1) if divides % n == 0)
+    if world == 1 or "RANK" in os.environ or torch.cuda.is_available():
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world),
+                          RANK="0")
+    torch.set_num_threads(threads // world)
+    for rank in range(1, world):
+        environment = dict(os.environ, RANK=str(rank), CORE=str(rank), OMP_NUM_THREADS=str(threads // world))
+        # A session of its own: Ctrl-C reaches rank 0 alone, which tells the others.
+        others.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.PIPE,
+                                       start_new_session=True))
+
+
+others = []                                 # what share_cores started: kept, as their standard input is
 
 
 def setup():

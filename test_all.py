@@ -2745,6 +2745,62 @@ def test_killed_process_is_resumed_by_torchrun(of_a_killed_rank, two_ranks):
     assert of_a_killed_rank == two_ranks
 
 
+def by_hand(*argv):
+    """A script as a user of two cores types it: it goes on as two processes by itself."""
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=dict(ENVIRONMENT, OMP_NUM_THREADS="2"),
+                            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def left_alone(out):
+    """Whether no process of a command that named `out` is there any more, within ten seconds."""
+    for _ in range(100):
+        if subprocess.run(["pgrep", "-f", str(out)], stdout=subprocess.DEVNULL).returncode:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@beside
+def on_all_cores(out):
+    """Killed in mid-run, gone on with, ended by SIGTERM, gone on with: (exit code, whether nothing is left) of each."""
+    argv, ends = ["train_rl.py", *SHORT, "--save_every=1", "--out", out], []
+    for number in (signal.SIGKILL, signal.SIGTERM, None):
+        script = by_hand(*argv, "--resume")
+        lines = 0 if not (out / "log.jsonl").exists() else len((out / "log.jsonl").read_text().splitlines())
+        while number and script.poll() is None and not ((out / "log.jsonl").exists() and
+                                                        len((out / "log.jsonl").read_text().splitlines()) > lines):
+            time.sleep(0.01)
+        if number:
+            script.send_signal(number)
+        said = script.communicate(timeout=100)
+        ends.append((script.returncode, left_alone(out), said))
+    return out, ends
+
+
+def test_a_script_uses_all_cores(on_all_cores, two_ranks):
+    """Without torchrun as with two ranks of it, killed and stopped or not; no process outlives the one that was typed."""
+    out, ends = on_all_cores
+    assert [code for code, *_ in ends] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0] and left(out) == two_ranks, ends
+    assert all(alone for _, alone, _ in ends) and "40 per rank" in ends[-1][2][0], ends
+
+
+@beside
+def mistakes_on_all_cores(out):
+    folder = make_folder(out / "f", 8, 0)
+    (out / "f" / "003.png").write_bytes(b"\x89PNG....")
+    runs = [by_hand("fid.py", "--features=tiny", "--stats", out / "s.npz", "--real", real) for real in
+            (folder, out / "none")]
+    said = [script.communicate(timeout=100)[1].splitlines() for script in runs]
+    return [(script.returncode, lines) for script, lines in zip(runs, said)], left_alone(out)
+
+
+def test_a_script_on_all_cores_names_a_mistake_once(mistakes_on_all_cores):
+    """A broken image that one rank alone reads, and a folder that none finds."""
+    ((broken, lines), missing), alone = mistakes_on_all_cores
+    assert alone and broken == 1 and sum("003.png is not a readable image" in line for line in lines) == 1, lines
+    assert missing[0] == 2 and len(missing[1]) == 1 and "does not exist" in missing[1][0], missing
+
+
 TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--cosine=false"]
 
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from fid import WEIGHTS, Nets, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
 from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
-                    is_statistics, print0, read_checkpoint, renoise, save, setup, whole, writable, write)
+                    is_statistics, print0, read_checkpoint, renoise, save, setup, share_cores, whole, writable, write)
 from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
 from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
                     schedule, self_trained, trajectory)
@@ -867,6 +867,8 @@ def memory_estimate(c, model, net, courses, world):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        share_cores(c.batch)
     with Stop() as stop:
         run(c, stop)
 
