@@ -557,7 +557,7 @@ def images_summary(images, num, num_prdc, net, device):
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if argv is None:
-        share_cores()
+        share_cores(c)
     rank, world, device = setup()
     if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
         fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "

@@ -512,7 +512,7 @@ def check(c, world):
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if argv is None:
-        share_cores()
+        share_cores(c)
     with Stop():                            # at once: all that was drawn but the present candidates is in the cache
         run(c)
 

@@ -15,6 +15,7 @@ import atexit
 import colorsys
 import copy
 import difflib
+import glob
 import hashlib
 import http.client
 import io
@@ -681,8 +682,9 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     update (Karras et al. 2024, 2.3). Two power-function averages of the weights are tracked; snapshot(eighth,
     images_seen, {std: model}) is called at every eighth of the run. The rates fall as 1/sqrt(images), so nothing but
     the last snapshot knows when the run ends. With a state_path everything is kept there at every eighth, and a run
-    that finds it goes on from it.
+    that finds it goes on from it. Ranks share every batch.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rng = torch.Generator().manual_seed(seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     params = list(named.values())
@@ -707,18 +709,20 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     done = lambda: (time.time() - began) / (60 * minutes) if minutes else seen / total
     eighths = math.floor(8 * done())
     bar = tqdm(total=total or None, initial=seen, desc="pre-training", unit="image", mininterval=5,
-               disable=dist.is_initialized() and dist.get_rank() > 0 or None)
+               disable=rank > 0 or None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k] if x.is_floating_point() else x[k].float() / 127.5 - 1
         noise, z = torch.randn(x1.shape, generator=rng), torch.randn(batch, generator=rng)
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
         uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)
-        x1, noise, uniform, labels = (part.to(params[0].device) for part in (x1, noise, uniform, labels))
+        x1, noise, uniform, labels = (part[rank::world].to(params[0].device) for part in (x1, noise, uniform, labels))
         xt, t, u, weight = renoise(model, x1, noise, uniform)
-        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).mean()
+        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).sum() / batch
         model.zero_grad()
         loss.backward()
+        for p in params if world > 1 else ():
+            dist.all_reduce(p.grad)
         seen += batch
         for optimizer, rate in optimizers:
             optimizer.param_groups[0]["lr"] = rate * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))
@@ -1185,17 +1189,20 @@ def lost(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def share_cores(divides=0):
+def share_cores(c, divides=0):
     """
     A script typed by hand on a CPU goes on as rank 0 of several, at most 4, whose number divides `divides`: processes
-    of one thread draw faster than threads of one process. The others run the same command, and end with this one.
-    Nothing under torchrun, with a GPU, or with one thread (OMP_NUM_THREADS=1).
+    of one thread draw small images faster than threads of one process. The others run the same command, and end with
+    this one. Nothing under torchrun, with a GPU, with one thread (OMP_NUM_THREADS=1), or for a large network, which
+    uses threads well and should be in memory once.
     """
     if "CORE" in os.environ:                # one of the others: its standard input ends when rank 0 does, by any means
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     threads = torch.get_num_threads()
     world = max(n for n in range(1, min(4, threads) + 1) if divides % n == 0)
-    if world == 1 or "RANK" in os.environ or torch.cuda.is_available():
+    files = [path for name in (c.get("ckpt", ""), *c.get("ckpts", ())) for path in glob.glob(name)]
+    large = c.vae or any(os.path.getsize(path) > 2**26 for path in files)
+    if world == 1 or large or "RANK" in os.environ or torch.cuda.is_available():
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world),

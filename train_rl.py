@@ -868,7 +868,7 @@ def memory_estimate(c, model, net, courses, world):
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if argv is None:
-        share_cores(c.batch)
+        share_cores(c, c.batch)
     with Stop() as stop:
         run(c, stop)
 
