@@ -682,9 +682,8 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     update (Karras et al. 2024, 2.3). Two power-function averages of the weights are tracked; snapshot(eighth,
     images_seen, {std: model}) is called at every eighth of the run. The rates fall as 1/sqrt(images), so nothing but
     the last snapshot knows when the run ends. With a state_path everything is kept there at every eighth, and a run
-    that finds it goes on from it. Ranks share every batch.
+    that finds it goes on from it.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rng = torch.Generator().manual_seed(seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     params = list(named.values())
@@ -709,20 +708,18 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     done = lambda: (time.time() - began) / (60 * minutes) if minutes else seen / total
     eighths = math.floor(8 * done())
     bar = tqdm(total=total or None, initial=seen, desc="pre-training", unit="image", mininterval=5,
-               disable=rank > 0 or None)
+               disable=dist.is_initialized() and dist.get_rank() > 0 or None)
     while eighths < 8:
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k] if x.is_floating_point() else x[k].float() / 127.5 - 1
         noise, z = torch.randn(x1.shape, generator=rng), torch.randn(batch, generator=rng)
         labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
         uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)
-        x1, noise, uniform, labels = (part[rank::world].to(params[0].device) for part in (x1, noise, uniform, labels))
+        x1, noise, uniform, labels = (part.to(params[0].device) for part in (x1, noise, uniform, labels))
         xt, t, u, weight = renoise(model, x1, noise, uniform)
-        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).sum() / batch
+        loss = ((model(xt, t, labels) - u).square().mean((1, 2, 3)) * weight).mean()
         model.zero_grad()
         loss.backward()
-        for p in params if world > 1 else ():
-            dist.all_reduce(p.grad)
         seen += batch
         for optimizer, rate in optimizers:
             optimizer.param_groups[0]["lr"] = rate * min(seen / 50_000, 1) / math.sqrt(max(seen / lr_knee, 1))

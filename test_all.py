@@ -836,7 +836,8 @@ def test_bfloat16_of_the_network_alone(family):
 
 def test_bfloat16_keeps_the_guard_exact(tmp_path):
     """Steps too small to matter: bfloat16's rounding would be some 0.1 nats of path KL."""
-    argv = ["--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=4", "--objective=ppo", "--lr=3e-6"]
+    argv = ["--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=4", "--objective=ppo", "--lr=3e-6",
+            "--neon=0"]
     rows = {}
     for option in ([], ["--bf16"]):
         code, _, err = run(train_rl, *argv, "--iters=1", *option, "--out", tmp_path)
@@ -1040,7 +1041,7 @@ def test_each_course_redraws_its_own_reference_set(tmp_path):
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
     # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
-    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 120, 320]
+    assert [b - a for a, b in zip([500] + images, images)] == [120, 120, 120, 120, 320]
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -1321,7 +1322,7 @@ def test_latent_model_end_to_end(tmp_path):
     assert code == 0 and "70 images" in out, err
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
     code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
-                         "--micro_batch=1", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
+                         "--micro_batch=1", "--neon_images=4", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
     assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
     assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
@@ -1342,7 +1343,7 @@ def test_moments_from_a_file(tmp_path):
     assert found.effective == exact.effective == 400
     assert all(error(a, b) < 1e-6 for a, b in zip((found.sum, found.outer), (exact.sum, exact.outer)))
     argv = ["--moments", stats, "--batch=2", "--iters=1", "--objective=ppo", "--memory=0.9", "--num=0", "--num_real=99",
-            "--steps=4"]
+            "--steps=4", "--neon=0"]
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "o")
     assert code == 0, err
     row = json.loads(open(tmp_path / "o" / "log.jsonl").read())
@@ -1364,7 +1365,7 @@ def test_images_as_they_are(tmp_path):
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
 QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
-         "--num_prdc=50", "--steps=4"]
+         "--num_prdc=50", "--steps=4", "--neon_images=50"]
 
 
 def test_train_rl_as_typed(tmp_path):
@@ -1530,7 +1531,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--refresh=2"], 2, "does nothing"), (train_rl, ["--kl_limit=0"], 2, "more than 0"),
         (train_rl, ["--num=0", "--json", tmp_path / "x"], 2, "--json"), (train_rl, ["--num=1"], 2, "at least 2"),
         (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
-        (train_rl, ["--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
+        (train_rl, ["--batch=20", "--reference=20", "--num=0", "--neon=0"], 1, "more images than"),
         (fid, ["--real", nothing], 2, "neither"), (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
         (fid, ["--images", tmp_path / "big.npz"], 1, "16, 16"),
         (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"),
@@ -1723,7 +1724,7 @@ BAD_OPTIONS = [
     ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"), ("train_rl", "--top=0", "(0, 1]"),
     ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"), ("train_rl", "--lr=-1", "more than 0"),
     ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
-    ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon_images=9", "does nothing"),
+    ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon=0", "does nothing"),
     ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
     ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
     ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
@@ -1746,7 +1747,7 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capfd):
     rows = BAD_FILES + [(script, [option], 2, said) for script, option, said in BAD_OPTIONS]
     quick = ["--num=2", "--steps=2", "--num_real=99"]               # so that what is accepted by mistake ends soon
     usual = dict(stats=["--features=factors", "--stats=made.npz"], sample=quick[:2], fid=quick, reward=["--num=128"],
-                 train_rl=[*quick, "--batch=80", "--iters=1"], merge_rl=[*quick[1:], "--num=0"],
+                 train_rl=[*quick, "--batch=80", "--iters=1", "--neon_images=20"], merge_rl=[*quick[1:], "--num=0"],
                  models=["--minutes=1e-9", "--only=base"])
     wrong = []
     for script, argv, code, said in rows:
@@ -2632,7 +2633,7 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, out, _ = run(train_rl, *argv, "--resume")
     assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
-    assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
+    assert code == 2 and "lr=5e-05, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")
@@ -2778,7 +2779,7 @@ def on_all_cores(out):
 
 
 def test_a_script_uses_all_cores(on_all_cores, two_ranks):
-    """Without torchrun as with two ranks of it, killed and stopped or not; no process outlives the one that was typed."""
+    """Without torchrun as with two ranks of it, killed and stopped or not; none outlives the one that was typed."""
     out, ends = on_all_cores
     assert [code for code, *_ in ends] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0] and left(out) == two_ranks, ends
     assert all(alone for _, alone, _ in ends) and "40 per rank" in ends[-1][2][0], ends
@@ -2870,7 +2871,7 @@ def forked(out):
     source = (out / "train_rl.py").read_text()
     (out / "mine.py").write_text(re.sub(r"^iters = \d+", "iters = 1", source, flags=re.M))
     return subprocess.run([sys.executable, "mine.py", "--batch=50", "--reference=100", "--num=0", "--num_real=200",
-                           "--out=o"], cwd=out, env=ENVIRONMENT, capture_output=True, text=True)
+                           "--neon=0", "--out=o"], cwd=out, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_a_fork_works(forked):
