@@ -1372,7 +1372,7 @@ def test_train_rl_as_typed(tmp_path):
     code, out, err = run(train_rl, *QUICK, "--out", tmp_path / "o", "--json", tmp_path / "r.json")
     assert code == 0, err
     assert sorted(os.listdir(tmp_path / "o")) == [
-        "after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "state.pt", "times.jsonl"]
+        "after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "start.pt", "state.pt", "times.jsonl"]
     rows, times = ([json.loads(line) for line in open(tmp_path / "o" / f"{k}.jsonl")] for k in ("log", "times"))
     assert len(rows) == 2 and {"fd", "reward", "reward_std", "kl", "clipped", "grad_norm", "gap", "skipped"} \
         <= set(rows[0])
@@ -1380,7 +1380,7 @@ def test_train_rl_as_typed(tmp_path):
         "rollout", "reward", "update", "guard"}
     assert "memory is raised to 0.45455" in out, "120 images a rollout alone are not enough in 64 dimensions"
     result = json.load(open(tmp_path / "r.json"))
-    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 200 + 2 * 120
+    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 50 + 2 * 200 + 2 * 120
     first = result["after"][0]
     assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} \
         <= set(first)
