@@ -2633,7 +2633,7 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, out, _ = run(train_rl, *argv, "--resume")
     assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
-    assert code == 2 and "lr=8e-05, now 0.001" in line and "--changed" in line
+    assert code == 2 and "lr=7e-05, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")

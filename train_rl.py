@@ -81,11 +81,11 @@ moments = "" # start from statistics (fid.py --images .. --stats) instead (credi
 memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
-offset = 0.6 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
+offset = 0.5 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-neon = 2.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
+neon = 1.5 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
 neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
 objective = "forward" # forward: re-noised clean images; ppo: policy gradient; pathwise: the reward's own gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
@@ -94,7 +94,7 @@ clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 noisiest = 0.0 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs; 0: 0.5 SiT, 1 EDM2
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam; 0: 8e-5 for SiT, 1e-3 for EDM2
+lr = 0.0 # Adam; 0: 7e-5 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
 grad_clip = 1.0 # bound on the gradient's norm
@@ -114,7 +114,7 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=8e-5,
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=7e-5,
                     noisiest=0.5),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
                      lr=1e-3, noisiest=1.0)}
