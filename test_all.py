@@ -836,8 +836,7 @@ def test_bfloat16_of_the_network_alone(family):
 
 def test_bfloat16_keeps_the_guard_exact(tmp_path):
     """Steps too small to matter: bfloat16's rounding would be some 0.1 nats of path KL."""
-    argv = ["--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=4", "--objective=ppo", "--lr=3e-6",
-            "--neon=0"]
+    argv = ["--batch=80", "--reference=100", "--num=0", "--num_real=200", "--steps=4", "--objective=ppo", "--lr=3e-6"]
     rows = {}
     for option in ([], ["--bf16"]):
         code, _, err = run(train_rl, *argv, "--iters=1", *option, "--out", tmp_path)
@@ -1322,7 +1321,7 @@ def test_latent_model_end_to_end(tmp_path):
     assert code == 0 and "70 images" in out, err
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
     code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
-                         "--micro_batch=1", "--neon_images=4", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
+                         "--micro_batch=1", "--neon=1", "--neon_images=4", "--iters=1", "--objective=ppo", "--out", tmp_path / "o")
     assert code == 0 and "memory per rank" in out and "sigma-3 dinov2" in out, err
     assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
@@ -1343,7 +1342,7 @@ def test_moments_from_a_file(tmp_path):
     assert found.effective == exact.effective == 400
     assert all(error(a, b) < 1e-6 for a, b in zip((found.sum, found.outer), (exact.sum, exact.outer)))
     argv = ["--moments", stats, "--batch=2", "--iters=1", "--objective=ppo", "--memory=0.9", "--num=0", "--num_real=99",
-            "--steps=4", "--neon=0"]
+            "--steps=4"]
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "o")
     assert code == 0, err
     row = json.loads(open(tmp_path / "o" / "log.jsonl").read())
@@ -1365,7 +1364,7 @@ def test_images_as_they_are(tmp_path):
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
 QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
-         "--num_prdc=50", "--steps=4", "--neon_images=50"]
+         "--num_prdc=50", "--steps=4", "--neon=1", "--neon_images=50"]
 
 
 def test_train_rl_as_typed(tmp_path):
@@ -1531,7 +1530,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--refresh=2"], 2, "does nothing"), (train_rl, ["--kl_limit=0"], 2, "more than 0"),
         (train_rl, ["--num=0", "--json", tmp_path / "x"], 2, "--json"), (train_rl, ["--num=1"], 2, "at least 2"),
         (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
-        (train_rl, ["--batch=20", "--reference=20", "--num=0", "--neon=0"], 1, "more images than"),
+        (train_rl, ["--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
         (fid, ["--real", nothing], 2, "neither"), (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
         (fid, ["--images", tmp_path / "big.npz"], 1, "16, 16"),
         (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"),
@@ -1724,7 +1723,7 @@ BAD_OPTIONS = [
     ("merge_rl", "--num=1", "at least"), ("merge_rl", "--pairs=0", "at least"), ("train_rl", "--top=0", "(0, 1]"),
     ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"), ("train_rl", "--lr=-1", "more than 0"),
     ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
-    ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon=0", "does nothing"),
+    ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon_images=9", "does nothing"),
     ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
     ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
     ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
@@ -1747,7 +1746,7 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capfd):
     rows = BAD_FILES + [(script, [option], 2, said) for script, option, said in BAD_OPTIONS]
     quick = ["--num=2", "--steps=2", "--num_real=99"]               # so that what is accepted by mistake ends soon
     usual = dict(stats=["--features=factors", "--stats=made.npz"], sample=quick[:2], fid=quick, reward=["--num=128"],
-                 train_rl=[*quick, "--batch=80", "--iters=1", "--neon_images=20"], merge_rl=[*quick[1:], "--num=0"],
+                 train_rl=[*quick, "--batch=80", "--iters=1"], merge_rl=[*quick[1:], "--num=0"],
                  models=["--minutes=1e-9", "--only=base"])
     wrong = []
     for script, argv, code, said in rows:
@@ -2633,7 +2632,7 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, out, _ = run(train_rl, *argv, "--resume")
     assert code == 0 and "cut short" in out and "resumed at iteration 4" in out and left(tmp_path) == before
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
-    assert code == 2 and "lr=7e-05, now 0.001" in line and "--changed" in line
+    assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")
@@ -2871,7 +2870,7 @@ def forked(out):
     source = (out / "train_rl.py").read_text()
     (out / "mine.py").write_text(re.sub(r"^iters = \d+", "iters = 1", source, flags=re.M))
     return subprocess.run([sys.executable, "mine.py", "--batch=50", "--reference=100", "--num=0", "--num_real=200",
-                           "--neon=0", "--out=o"], cwd=out, env=ENVIRONMENT, capture_output=True, text=True)
+                           "--out=o"], cwd=out, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_a_fork_works(forked):

@@ -6,8 +6,8 @@ property of the whole set: how much FD falls if a subset of a generated referenc
 paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
 --objective=ppo is the paper's policy gradient through the noisy steps of the SDE; the default, forward, learns faster
-here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn. It starts
-with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward; --neon=0 leaves that out.
+here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn. With
+--neon=1 it starts with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -57,7 +57,7 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 30 # rollouts, each with `epochs` updates
+iters = 36 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
@@ -67,7 +67,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of forward's rollouts, in turn; empty: flow euler for SiT, ancestral heun for EDM2
+rollout = [] # samplers of forward's rollouts, in turn; empty: flow flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -81,11 +81,11 @@ moments = "" # start from statistics (fid.py --images .. --stats) instead (credi
 memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
 refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
 advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
-offset = 0.5 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
+offset = 0.2 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
 top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
 bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
-neon = 1.5 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
+neon = 0.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
 neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
 objective = "forward" # forward: re-noised clean images; ppo: policy gradient; pathwise: the reward's own gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
@@ -94,7 +94,7 @@ clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 noisiest = 0.0 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs; 0: 0.5 SiT, 1 EDM2
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam; 0: 7e-5 for SiT, 1e-3 for EDM2
+lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
 grad_clip = 1.0 # bound on the gradient's norm
@@ -114,7 +114,7 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=7e-5,
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", lr=1e-4,
                     noisiest=0.5),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
                      lr=1e-3, noisiest=1.0)}
