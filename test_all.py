@@ -2745,10 +2745,11 @@ def test_killed_process_is_resumed_by_torchrun(of_a_killed_rank, two_ranks):
     assert of_a_killed_rank == two_ranks
 
 
-def by_hand(*argv):
+def by_hand(*argv, threads=2):
     """A script as a user of two cores types it: it goes on as two processes by itself."""
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=dict(ENVIRONMENT, OMP_NUM_THREADS="2"),
-                            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, text=True,
+                            env=dict(ENVIRONMENT, OMP_NUM_THREADS=str(threads)), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def left_alone(out):
@@ -2806,9 +2807,12 @@ TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=
 
 @beside
 def in_turns(out):
-    for world, iters in ((1, 2), (2, 4), (1, 6)):
-        done = torchrun(world, "train_rl.py", *TURNS, f"--iters={iters}", "--resume", "--changed", "--out", out)
-        assert done.returncode == 0 and (iters == 2 or f"resumed at iteration {iters - 2}" in done.stdout), done.stderr
+    for threads, iters in ((1, 2), (2, 4), (1, 6)):
+        script = by_hand("train_rl.py", *TURNS, f"--iters={iters}", "--resume", "--changed", "--out", out,
+                         threads=threads)
+        said = script.communicate(timeout=100)
+        assert script.returncode == 0 and f"{200 // threads} per rank" in said[0], said
+        assert iters == 2 or f"resumed at iteration {iters - 2}" in said[0], said
     return out
 
 
