@@ -167,24 +167,21 @@ class Search:
         for i in range(0, len(ws), world):
             began = time.time()
             part = ws[i:i + world]
-            path = os.path.join(self.folder, f"{self.drawn:07d}.pt")
-            here = torch.tensor(int(os.path.exists(path)))
-            dist.all_reduce(here, dist.ReduceOp.MIN)                    # nodes may see a shared folder at other times
-            if here:
-                kept = read_checkpoint(path)
-                if kept.get("key") != self.key or not torch.equal(kept["ws"], part):
-                    fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume")
-                features = kept["features"].to(self.device)
-            else:
-                mine = torch.zeros(count, self.nets.dim, device=self.device)
-                if rank < len(part):
+            mine = torch.zeros(count, self.nets.dim, device=self.device)
+            if rank < len(part):
+                path = os.path.join(self.folder, f"{self.drawn + rank * count:07d}.pt")
+                if os.path.exists(path):
+                    kept = read_checkpoint(path)
+                    if kept.get("key") != self.key or not torch.equal(kept["w"], part[rank]):
+                        fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume")
+                    mine = kept["features"].to(self.device)
+                else:
                     self.basis.merge(part[rank])
                     mine = self.features_of(indices)
-                features = [torch.empty_like(mine) for _ in range(world)]
-                dist.all_gather(features, mine)
-                features = torch.stack(features)[:len(part)]
-                if rank == 0:
-                    write(path, dict(key=self.key, ws=part, features=features.cpu()))
+                    write(path, dict(key=self.key, w=part[rank], features=mine.cpu()))
+            features = [torch.empty_like(mine) for _ in range(world)]
+            dist.all_gather(features, mine)
+            features = torch.stack(features)[:len(part)]
             if not self.drawn:
                 announce(len(part) * count, c.budget, "images", time.time() - began)
             self.drawn += len(part) * count

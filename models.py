@@ -1069,7 +1069,7 @@ def save(path, model, dtype=None, **extra):
 def fail(message, code=2):
     """End the script with one line on stderr: code 2 for a mistake on the command line, 1 where data is at fault."""
     message = "".join(c if c.isprintable() else "?" for c in message)
-    if "CORE" in os.environ:
+    if "COPY_OF_RANK_0" in os.environ:
         time.sleep(3)                       # what is true for all rank 0 has said by now, and ended this one
     if code == 1 or os.environ.get("RANK", "0") == "0":         # the command line is the same on all ranks
         tqdm.write(f"error: {message}", file=sys.stderr)        # below a progress bar, not behind it
@@ -1179,10 +1179,13 @@ class Stop:
 
 
 def lost(kind, error, trace):
-    """Instead of a traceback one line where another rank ended, which names the cause itself."""
-    if "CORE" in os.environ:
-        time.sleep(3)                       # as in fail()
-    if re.search("by peer|Broken pipe|remote process exited", str(error)):
+    """Instead of a traceback one line where another rank ended, which names the cause itself unless it was killed."""
+    time.sleep(3 if "COPY_OF_RANK_0" in os.environ else 1)                  # as in fail()
+    killed = [-other.poll() for other in others if (other.poll() or 0) < 0]
+    if isinstance(error, RuntimeError) and killed:
+        print(f"error: {signal.Signals(killed[0]).name} ended a process of this run (out of memory?); go on with "
+              "--resume, with OMP_NUM_THREADS=1 in one process", file=sys.stderr)
+    elif isinstance(error, RuntimeError) and re.search("by peer|Broken pipe|remote process exited", str(error)):
         print(f"note: rank {os.environ['RANK']} ends, as another rank has ended", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -1191,30 +1194,45 @@ def lost(kind, error, trace):
 def share_cores(c, divides=0):
     """
     A script typed by hand on a CPU goes on as rank 0 of several, at most 4, whose number divides `divides`: processes
-    of one thread draw small images faster than threads of one process. The others run the same command, and end with
-    this one. Nothing under torchrun, with a GPU, with one thread (OMP_NUM_THREADS=1), or for a large network, which
-    uses threads well and should be in memory once.
+    of one thread draw small images faster than threads of one process. The others are copies of this one, run the same
+    command, and end with it. Nothing under torchrun, with a GPU, with one thread (OMP_NUM_THREADS=1), or for a large
+    network or file, which uses threads well and should be in memory once.
     """
-    if "CORE" in os.environ:                # one of the others: its standard input ends when rank 0 does, by any means
+    if "COPY_OF_RANK_0" in os.environ:      # its standard input ends when rank 0 does, by any means
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    threads = torch.get_num_threads()
+    threads = 1 if os.environ.get("OMP_NUM_THREADS") == "1" else torch.get_num_threads()
     world = max(n for n in range(1, min(4, threads) + 1) if divides % n == 0)
-    files = [path for name in (c.get("ckpt", ""), *c.get("ckpts", ())) for path in glob.glob(name)]
-    large = c.vae or any(os.path.getsize(path) > 2**26 for path in files)
-    if world == 1 or large or "RANK" in os.environ or torch.cuda.is_available():
+    names = [c.get(name, "") for name in ("ckpt", "guide", "images", "features", "judges")] + [c.get("ckpts", "")]
+    words = [word for name in names for word in ([name] if isinstance(name, str) else name)]
+    large = c.vae or {"inception", "dinov2"} & set(words) or any(word.startswith("http") for word in words) or any(
+        os.path.exists(path) and os.path.getsize(path) > 2**26 for word in words for path in glob.glob(word))
+    if world == 1 or large or "RANK" in os.environ or torch.cuda.is_available() or not os.path.isfile(sys.argv[0]):
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world),
-                          RANK="0")
+                          RANK="0", LOCAL_RANK="0")
     torch.set_num_threads(threads // world)
     for rank in range(1, world):
-        environment = dict(os.environ, RANK=str(rank), CORE=str(rank), OMP_NUM_THREADS=str(threads // world))
+        environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=str(threads // world),
+                           COPY_OF_RANK_0="1", PYTHONBREAKPOINT="0")
         # A session of its own: Ctrl-C reaches rank 0 alone, which tells the others.
-        others.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.PIPE,
+        others.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, stdin=subprocess.PIPE,
                                        start_new_session=True))
+    threading.Thread(target=missed, daemon=True).start()
 
 
 others = []                                 # what share_cores started: kept, as their standard input is
+
+
+def missed():
+    """A copy that ends before it joins would be waited for in vain."""
+    while not dist.is_initialized():
+        time.sleep(0.2)
+        if any(other.poll() for other in others):
+            time.sleep(4)                   # else rank 0 may name the cause itself
+            print("error: a process for another core did not start; use one with OMP_NUM_THREADS=1", file=sys.stderr)
+            os._exit(1)
 
 
 def setup():

@@ -1040,7 +1040,7 @@ def test_each_course_redraws_its_own_reference_set(tmp_path):
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
     # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
-    assert [b - a for a, b in zip([500] + images, images)] == [120, 120, 120, 120, 320]
+    assert [b - a for a, b in zip([400] + images, images)] == [120, 120, 120, 120, 320]
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -1364,11 +1364,12 @@ def test_images_as_they_are(tmp_path):
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
 QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real=300",
-         "--num_prdc=50", "--steps=4", "--neon=1", "--neon_images=50"]
+         "--num_prdc=50", "--steps=4"]
 
 
 def test_train_rl_as_typed(tmp_path):
-    code, out, err = run(train_rl, *QUICK, "--out", tmp_path / "o", "--json", tmp_path / "r.json")
+    code, out, err = run(train_rl, *QUICK, "--neon=1", "--neon_images=50", "--out", tmp_path / "o", "--json",
+                         tmp_path / "r.json")
     assert code == 0, err
     assert sorted(os.listdir(tmp_path / "o")) == [
         "after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "start.pt", "state.pt", "times.jsonl"]
@@ -1489,7 +1490,7 @@ def test_own_images_end_to_end(tmp_path):
     assert code == 0, err
     assert models.load(str(tmp_path / "base.pt")).num_classes == 3
     code, out, err = run(train_rl, *QUICK, "--ckpt", tmp_path / "base.pt", "--real", folder, "--num=100",
-                         "--out", tmp_path / "o")
+                         "--judges", "tiny2", "tiny", "--out", tmp_path / "o")
     assert code == 0 and "ckpt.pt" in out, err
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", "--real", folder, "--num=100", "--features=tiny")
     assert code == 0 and "FID" in out, err
@@ -2462,13 +2463,13 @@ def test_ticks_are_round_and_few():
 def test_merge_in_two_networks(tmp_path):
     """A score is the geometric mean of the FD in each network; each credit finds coefficients of its own in both."""
     argv, scores, found = [*BRIEF, "--num=0", "--reference=200", "--budget=800"], {}, {}
-    for features in ("factors", "pixels", "factors,pixels"):
+    for features in ("factors", "tiny", "factors,tiny"):
         code, _, err = run(merge_rl, *argv, "--method=single", "--budget=900", f"--features={features}",
                            "--num_real=2000", "--out", tmp_path / "s")
         assert code == 0, err
         scores[features] = [row["fd"] for row in json.load(open(tmp_path / "s" / "merge.json"))["candidates"]]
-    both = [math.sqrt(a * b) for a, b in zip(scores["factors"], scores["pixels"])]
-    assert scores["factors,pixels"] == pytest.approx(both, rel=1e-6)
+    both = [math.sqrt(a * b) for a, b in zip(scores["factors"], scores["tiny"])]
+    assert scores["factors,tiny"] == pytest.approx(both, rel=1e-6)
     for credit in ("image", "subset"):
         for features in ("factors", "tiny,factors"):
             code, _, err = run(merge_rl, *argv, f"--credit={credit}", f"--features={features}", "--out", tmp_path / "r")
@@ -2514,10 +2515,16 @@ def test_merge_goes_on_after_a_signal(tmp_path, number, monkeypatch):
     assert len(calls) == 6 + len(list((tmp_path / "a" / "cache" / "rl").iterdir())) - 5, "nothing was drawn twice"
 
 
-def test_merge_of_two_ranks(one_rank, ranked):
-    one, two = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
-                for out in (one_rank, ranked))
-    assert (one - two).abs().max() < 1e-4, (one, two)
+def test_merge_of_two_ranks(one_rank, ranked, tmp_path):
+    """One rank, two, and one that goes on where two were stopped."""
+    shutil.copytree(ranked / "merge", tmp_path / "merge")
+    for path in sorted(next((tmp_path / "merge" / "cache").iterdir()).iterdir())[3:]:
+        path.unlink()
+    argv = ranked_runs(tmp_path)[-1][1]
+    assert run(merge_rl, *argv, "--resume")[0] == 0
+    one, *more = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
+                  for out in (one_rank, ranked, tmp_path))
+    assert all((one - other).abs().max() < 1e-4 for other in more), (one, more)
 
 
 def test_merge_from_files_of_statistics(tmp_path):
@@ -2745,17 +2752,21 @@ def test_killed_process_is_resumed_by_torchrun(of_a_killed_rank, two_ranks):
     assert of_a_killed_rank == two_ranks
 
 
-def by_hand(*argv, threads=2):
+def by_hand(*argv, threads=2, environment={}):
     """A script as a user of two cores types it: it goes on as two processes by itself."""
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, text=True,
-                            env=dict(ENVIRONMENT, OMP_NUM_THREADS=str(threads)), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            env=dict(ENVIRONMENT, OMP_NUM_THREADS=str(threads), **environment),
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def children(pid):
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
 
 
 def left_alone(out):
     """Whether no process of a command that named `out` is there any more, within ten seconds."""
     for _ in range(100):
-        if subprocess.run(["pgrep", "-f", str(out)], stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(["pgrep", "-f", str(out)], stdout=subprocess.DEVNULL).returncode == 1:
             return True
         time.sleep(0.1)
     return False
@@ -2763,16 +2774,16 @@ def left_alone(out):
 
 @beside
 def on_all_cores(out):
-    """Killed in mid-run, gone on with, ended by SIGTERM, gone on with: (exit code, whether nothing is left) of each."""
+    """Killed, its copy killed, ended by SIGTERM, and gone on with each time: (exit code, whether nothing is left)."""
     argv, ends = ["train_rl.py", *SHORT, "--save_every=1", "--out", out], []
-    for number in (signal.SIGKILL, signal.SIGTERM, None):
+    for number, copy in ((signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, False), (None, False)):
         script = by_hand(*argv, "--resume")
         lines = 0 if not (out / "log.jsonl").exists() else len((out / "log.jsonl").read_text().splitlines())
         while number and script.poll() is None and not ((out / "log.jsonl").exists() and
                                                         len((out / "log.jsonl").read_text().splitlines()) > lines):
             time.sleep(0.01)
         if number:
-            script.send_signal(number)
+            os.kill(children(script.pid)[0] if copy else script.pid, number)
         said = script.communicate(timeout=100)
         ends.append((script.returncode, left_alone(out), said))
     return out, ends
@@ -2781,8 +2792,9 @@ def on_all_cores(out):
 def test_a_script_uses_all_cores(on_all_cores, two_ranks):
     """Without torchrun as with two ranks of it, killed and stopped or not; none outlives the one that was typed."""
     out, ends = on_all_cores
-    assert [code for code, *_ in ends] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0] and left(out) == two_ranks, ends
+    assert [code for code, *_ in ends] == [-signal.SIGKILL, 1, 128 + signal.SIGTERM, 0] and left(out) == two_ranks, ends
     assert all(alone for _, alone, _ in ends) and "40 per rank" in ends[-1][2][0], ends
+    assert "error: SIGKILL ended a process of this run" in ends[1][2][1], ends
 
 
 @beside
@@ -2791,15 +2803,19 @@ def mistakes_on_all_cores(out):
     (out / "f" / "003.png").write_bytes(b"\x89PNG....")
     runs = [by_hand("fid.py", "--features=tiny", "--stats", out / "s.npz", "--real", real) for real in
             (folder, out / "none")]
+    # A copy that cannot even import: rank 0 has imported already.
+    (out / "late.py").write_text("import os\nassert 'COPY_OF_RANK_0' not in os.environ\nimport fid\nfid.main()\n")
+    runs.append(by_hand(out / "late.py", "--num=200", environment=dict(PYTHONPATH=ROOT)))
     said = [script.communicate(timeout=100)[1].splitlines() for script in runs]
     return [(script.returncode, lines) for script, lines in zip(runs, said)], left_alone(out)
 
 
 def test_a_script_on_all_cores_names_a_mistake_once(mistakes_on_all_cores):
-    """A broken image that one rank alone reads, and a folder that none finds."""
-    ((broken, lines), missing), alone = mistakes_on_all_cores
+    """A broken image that one rank alone reads, a folder that none finds, and a copy that ends before it joins."""
+    ((broken, lines), missing, late), alone = mistakes_on_all_cores
     assert alone and broken == 1 and sum("003.png is not a readable image" in line for line in lines) == 1, lines
     assert missing[0] == 2 and len(missing[1]) == 1 and "does not exist" in missing[1][0], missing
+    assert late[0] == 1 and "a process for another core did not start" in late[1][-1], late
 
 
 TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--cosine=false"]
