@@ -461,13 +461,13 @@ def test_undo_is_bit_for_bit_and_state_goes_through_a_file(tmp_path):
 
 def test_no_drift_in_ten_thousand_swaps():
     rng = torch.Generator().manual_seed(13)
-    f = torch.randn(300, 256, generator=rng) + 1
-    reference = reward.ReferenceSet(f, torch.zeros(256), torch.eye(256))
-    pool = torch.randn(2000, 256, generator=rng) * 1.5 + 1
+    f = torch.randn(200, 128, generator=rng) + 1
+    reference = reward.ReferenceSet(f, torch.zeros(128), torch.eye(128))
+    pool = torch.randn(2000, 128, generator=rng) * 1.5 + 1
     for i in range(10000):
-        reference.replace(torch.tensor([7 * i % 300]), pool[i % 2000, None])
+        reference.replace(torch.tensor([7 * i % 200]), pool[i % 2000, None])
     assert reference.audit(1e-9) < 1e-11
-    fresh = reward.ReferenceSet(reference.features, torch.zeros(256), torch.eye(256))
+    fresh = reward.ReferenceSet(reference.features, torch.zeros(128), torch.eye(128))
     assert abs(reference.fd / fresh.fd - 1) < 1e-9
     reference.moments.outer[0, 0] += 1
     with pytest.raises(AssertionError, match="drifted"):
@@ -1485,7 +1485,7 @@ def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch):
 
 
 def test_own_images_end_to_end(tmp_path):
-    folder = make_folder(tmp_path / "f", 300, 3)
+    folder = make_folder(tmp_path / "f", 160, 3)
     code, out, err = run(models, "--real", folder, "--out", tmp_path / "base.pt", "--minutes=0.03")
     assert code == 0, err
     assert models.load(str(tmp_path / "base.pt")).num_classes == 3
@@ -2291,8 +2291,8 @@ def test_edm2_as_typed(tmp_path):
     random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
     for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"],
                     ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
-        code, out, err = run(train_rl, *QUICK, "--num=20", "--judges=factors", "--ckpt", path,
-                             "--out", tmp_path / "o", *options)
+        code, out, err = run(train_rl, *QUICK, "--num=20", "--batch=40", "--reference=100", "--judges=factors",
+                             "--ckpt", path, "--out", tmp_path / "o", *options)
         assert code == 0 and " on ancestral" in out and "heun-2" in out, err
         base, tuned = models.load(str(path)), models.load(str(tmp_path / "o" / "ckpt.pt"))
         moved = [k for k, v in base.state_dict().items() if not torch.equal(v, tuned.state_dict()[k])]
@@ -2421,7 +2421,7 @@ def test_posthoc_ema_golden():
 
 
 def test_merge_rl_as_typed(tmp_path):
-    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=200", "--num_prdc=50",
+    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=100", "--num_prdc=50",
                          "--out", tmp_path, "--json", tmp_path / "m.json")
     assert code == 0 and all(f"{name} " in out for name in {"last", *merge_rl.METHODS} - {"line"}), err
     found = json.load(open(tmp_path / "m.json"))
@@ -2462,10 +2462,10 @@ def test_ticks_are_round_and_few():
 
 def test_merge_in_two_networks(tmp_path):
     """A score is the geometric mean of the FD in each network; each credit finds coefficients of its own in both."""
-    argv, scores, found = [*BRIEF, "--num=0", "--reference=200", "--budget=800"], {}, {}
+    argv, scores, found = [*BRIEF, "--num=0", "--budget=440"], {}, {}
     for features in ("factors", "tiny", "factors,tiny"):
-        code, _, err = run(merge_rl, *argv, "--method=single", "--budget=900", f"--features={features}",
-                           "--num_real=2000", "--out", tmp_path / "s")
+        code, _, err = run(merge_rl, *argv, "--method=single", "--budget=600", f"--features={features}",
+                           "--out", tmp_path / "s")
         assert code == 0, err
         scores[features] = [row["fd"] for row in json.load(open(tmp_path / "s" / "merge.json"))["candidates"]]
     both = [math.sqrt(a * b) for a, b in zip(scores["factors"], scores["tiny"])]
