@@ -43,14 +43,16 @@ seed = 0 # of the search; evaluation has its own stream
 resume = False # go on with the search in OUT at the candidate it was stopped at
 # the search
 method = "rl" # rl, single, uniform, greedy, ema, random, neon, line; all: every one that applies, with a table
-budget = 12000 # images each method may draw to search
-per = "all" # coefficients for the whole model (all), for each stage, or for each block
+budget = 24000 # images each method may draw to search
+per = "block" # coefficients for each block, for each stage, or for the whole model (all: the paper's)
 policy = "mean" # mean: the coefficients themselves are learned; net: the output of an MLP is (the paper's)
+neon = 0.0 # rl starts so many steps away from a copy that was trained on its own images, which joins the checkpoints
+neon_images = 6000 # its own images that the copy is trained on, of the budget
 credit = "image" # image: mean first variation of a candidate's images; subset: exact gain of swapping them in
 images = 128 # per candidate
 pairs = 4 # antithetic pairs of candidates per iteration
-search_std = 0.4 # of the coefficients tried around the mean; falls to half
-lr = 0.5 # of the mean; falls to 0
+search_std = 0.2 # of the coefficients tried around the mean; falls to half
+lr = 0.2 # of the mean; falls to 0
 reference = 1000 # images of the reference set at the start
 moments = "" # start from these statistics of generated images (fid.py --images .. --stats) instead (credit=image)
 memory = 0.5 # weight of the past in the streaming moments, per iteration; raised if need be (credit=image)
@@ -266,8 +268,11 @@ def evolve(reward_of, start, iters, pairs, std, lr, rng, policy="mean", momentum
 # ---- Methods: each gets a Search and c.budget images, and returns coefficients (G, K) -------------------------------
 
 def rl(search, c, G, K):
-    """RL over the coefficients with the distribution-wise reward."""
+    """RL over the coefficients with the distribution-wise reward, from the last checkpoint or a step away from it."""
     start = one_hot(K - 1, G, K)
+    if c.neon:
+        step = away(search, c, G, K, c.neon_images)
+        start = one_hot(K - 1, G, step.shape[1]) + c.neon * step
     classes, d = search.basis.model.num_classes, max(search.nets.dims)
     first = None if c.moments else search.draw(start[None], c.reference, 0)[0]
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
@@ -375,24 +380,30 @@ def posthoc_coefficients(ends, stds, end, std):
     return X / X.sum()
 
 
-def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
+def away(search, c, G, K, count):
     """
-    One step away from self-training: the last checkpoint is trained on its own images, and then theta - s (theta_self -
-    theta) is tried for several s. Half of the images are for training; the self-trained weights join the basis.
+    The last checkpoint is trained on `count` of its own images, and the copy joins the basis (Neon, arXiv 2510.03597).
+    Returns coefficients (G, number of checkpoints then) of the step away from the copy, of row sum 0.
     """
-    basis, half = search.basis, c.budget // 2
-    path = os.path.join(search.folder, "self.pt")
+    basis, path = search.basis, os.path.join(search.folder, "self.pt")
     if not os.path.exists(path):
         plan = schedule(c.sampler, c.steps, c.noise, 0.0, basis.model.sigmas)
-        trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], half, c.seed, c.batch_size)
+        trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], count, c.seed, c.batch_size)
         if dist.get_rank() == 0:
             save(path, trained)
         dist.barrier()
-    basis.states = basis.states[:K] + [stored_parts(path)["ema"]]
-    search.drawn += half
-    search.bar.update(half)
-    ws = torch.stack([(1 + s) * one_hot(K - 1, G, K + 1) - s * one_hot(K, G, K + 1) for s in scales])
-    return ws[int(np.argmin(search.scores(ws, half // len(scales))))]
+    basis.states.append(stored_parts(path)["ema"])
+    search.drawn += count
+    search.bar.update(count)
+    n = len(basis.states)
+    return one_hot(K - 1, G, n) - one_hot(n - 1, G, n)
+
+
+def best_step(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
+    """Neon: the best of several steps away from self-training. Half of the images are for training."""
+    step = away(search, c, G, K, c.budget // 2)
+    ws = torch.stack([one_hot(K - 1, G, step.shape[1]) + s * step for s in scales])
+    return ws[int(np.argmin(search.scores(ws, c.budget // 2 // len(scales))))]
 
 
 def line(search, c, G, K, candidates=13):
@@ -401,7 +412,7 @@ def line(search, c, G, K, candidates=13):
     return ws[int(np.argmin(search.scores(torch.stack(ws), c.budget // candidates)))]
 
 
-METHODS = {f.__name__: f for f in (rl, single, uniform, greedy, ema, random, neon, line)}
+METHODS = dict(rl=rl, single=single, uniform=uniform, greedy=greedy, ema=ema, random=random, neon=best_step, line=line)
 
 
 def obstacle(name, paths):
@@ -485,10 +496,12 @@ def check(c, world):
     for name, least in dict(images=2, pairs=1, batch_size=1, num_prdc=10, num_real=10, reference=2 * c.images).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
-    first = 0 if c.moments else c.reference
+    if c.neon < 0 or c.neon_images < world:
+        fail(f"neon {c.neon} must not be negative, and neon_images {c.neon_images} at least {world}")
+    first = (0 if c.moments else c.reference) + (c.neon_images if c.neon else 0)
     if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
         fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
-             f"and the reference of {first}; raise it, or lower --images or --reference")
+             f"and what comes before, {first}; raise it, or lower --images, --reference or --neon_images")
     if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given
                       or len(c.features) > 1):
         fail("--moments are in place of a reference, for --method=rl with --credit=image and one of --features")
@@ -570,7 +583,8 @@ def run(c):
                        for row in (judged[judge.name] for judge in judges)], seconds=time.time() - began)
     if rank == 0:
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
-        save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups, paths)
+        save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups,
+                  [*paths, f"a copy of {os.path.basename(paths[-1])} trained on its own images"][:w.shape[1]])
         for path in filter(None, (os.path.join(c.out, "merge.json"), c.json)):
             with whole(path) as f:
                 f.write(dumps(dict(found, candidates=log)).encode())
