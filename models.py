@@ -1203,8 +1203,8 @@ def share_cores(c, divides=0):
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     threads = 1 if os.environ.get("OMP_NUM_THREADS") == "1" else torch.get_num_threads()
     world = max(n for n in range(1, min(4, threads) + 1) if divides % n == 0)
-    names = [c.get(name, "") for name in ("ckpt", "guide", "images", "features", "judges")] + [c.get("ckpts", "")]
-    words = [word for name in names for word in ([name] if isinstance(name, str) else name)]
+    named = [c.get(name, "") for name in ("ckpt", "ckpts", "guide", "images", "features", "judges")]
+    words = [word for value in named for word in (value if isinstance(value, list) else [str(value)])]
     large = c.vae or {"inception", "dinov2"} & set(words) or any(word.startswith("http") for word in words) or any(
         os.path.exists(path) and os.path.getsize(path) > 2**26 for word in words for path in glob.glob(word))
     if world == 1 or large or "RANK" in os.environ or torch.cuda.is_available() or not os.path.isfile(sys.argv[0]):

@@ -2519,15 +2519,23 @@ def test_merge_goes_on_after_a_signal(tmp_path, number, monkeypatch):
     assert len(calls) == 6 + len(list((tmp_path / "a" / "cache" / "rl").iterdir())) - 5, "nothing was drawn twice"
 
 
-def test_merge_of_two_ranks(one_rank, ranked, tmp_path):
-    """One rank, two, and one that goes on where two were stopped."""
+@beside
+def merged_on_all_cores(out):
+    script = by_hand("merge_rl.py", *ranked_runs(out)[-1][1])
+    said = script.communicate(timeout=100)
+    assert script.returncode == 0, said
+    return out
+
+
+def test_merge_of_two_ranks(one_rank, ranked, merged_on_all_cores, tmp_path):
+    """One rank, two, two without torchrun, and one that goes on where two were stopped."""
     shutil.copytree(ranked / "merge", tmp_path / "merge")
     for path in sorted(next((tmp_path / "merge" / "cache").iterdir()).iterdir())[3:]:
         path.unlink()
     argv = ranked_runs(tmp_path)[-1][1]
     assert run(merge_rl, *argv, "--resume")[0] == 0
     one, *more = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
-                  for out in (one_rank, ranked, tmp_path))
+                  for out in (one_rank, ranked, merged_on_all_cores, tmp_path))
     assert all((one - other).abs().max() < 1e-4 for other in more), (one, more)
 
 
