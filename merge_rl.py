@@ -103,7 +103,7 @@ def group_of(name, per):
 class Basis:
     """K checkpoints of one architecture, each kept in its file's dtype, and one model that holds their mixtures."""
     def __init__(self, paths, per, model):
-        self.paths, self.model, self.states = paths, model, []
+        self.paths, self.model, self.states, self.copies = paths, model, [], []
         shapes = {name: p.shape for name, p in model.model.named_parameters() if p.requires_grad}
         for path in paths:
             state = stored_parts(path)["ema"]
@@ -151,7 +151,7 @@ class Search:
         self.c, self.basis, self.nets, self.folder, self.bar = c, basis, nets, folder, bar
         self.real = [real[net.name] for net in nets.nets]
         self.device, self.roots = self.real[0].mu.device, [covariance_root(known.cov) for known in self.real]
-        self.drawn, self.log = 0, []
+        self.drawn, self.log, self.announced = 0, [], False
         self.key = {name: c[name] for name in c if name not in ("resume", "json", "out", "num", "judges", "num_prdc")}
 
     @torch.no_grad()
@@ -172,10 +172,11 @@ class Search:
             mine = torch.zeros(count, self.nets.dim, device=self.device)
             if rank < len(part):
                 path = os.path.join(self.folder, f"{self.drawn + rank * count:07d}.pt")
-                if os.path.exists(path):
+                if c.resume and os.path.exists(path):
                     kept = read_checkpoint(path)
-                    if kept.get("key") != self.key or not torch.equal(kept["w"], part[rank]):
-                        fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume")
+                    # On another number of ranks the moments of real images, and so the rewards, are rounded differently.
+                    if kept.get("key") != self.key or (kept["w"] - part[rank]).abs().max() > 1e-6:
+                        fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume", 1)
                     mine = kept["features"].to(self.device)
                 else:
                     self.basis.merge(part[rank])
@@ -184,8 +185,9 @@ class Search:
             features = [torch.empty_like(mine) for _ in range(world)]
             dist.all_gather(features, mine)
             features = torch.stack(features)[:len(part)]
-            if not self.drawn:
-                announce(len(part) * count, c.budget, "images", time.time() - began)
+            if not self.announced:
+                announce(len(part) * count, c.budget - self.drawn, "images", time.time() - began)
+                self.announced = True
             self.drawn += len(part) * count
             self.bar.update(len(part) * count)
             found.append(features)
@@ -274,7 +276,8 @@ def rl(search, c, G, K):
         step = away(search, c, G, K, c.neon_images)
         start = one_hot(K - 1, G, step.shape[1]) + c.neon * step
     classes, d = search.basis.model.num_classes, max(search.nets.dims)
-    first = None if c.moments else search.draw(start[None], c.reference, 0)[0]
+    used = search.drawn                     # the copy has seen what the first noise of the stream becomes
+    first = None if c.moments else search.draw(start[None], c.reference, used)[0]
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
     iters, memory = (c.budget - search.drawn) // per_iteration, long_enough(c.memory, per_iteration, d)
     if memory > c.memory and c.credit == "image":
@@ -290,7 +293,7 @@ def rl(search, c, G, K):
         reference = SumSet(parts, search.nets.dims) if len(parts) > 1 else parts[0]
 
     def by_image(it, mean, ws):
-        f = search.draw(ws, c.images, c.reference + it * c.images)
+        f = search.draw(ws, c.images, used + c.reference + it * c.images)
         reference.push(f.flatten(0, 1))
         rewards = -reference.influence(f.flatten(0, 1)).view(len(ws), c.images).mean(1)
         for w, reward in zip(ws, rewards.tolist()):
@@ -299,7 +302,7 @@ def rl(search, c, G, K):
 
     def by_swap(it, mean, ws):
         """Each candidate's images in the places of the oldest members; then the mean's own images take them."""
-        f = search.draw(torch.cat([ws, mean[None]]), c.images, c.reference + it * c.images)
+        f = search.draw(torch.cat([ws, mean[None]]), c.images, used + c.reference + it * c.images)
         slots = (it * c.images + torch.arange(c.images, device=f.device)) % c.reference
         rewards = reference.swap_gain(slots, f[:-1])
         reference.push(f[-1])
@@ -386,13 +389,19 @@ def away(search, c, G, K, count):
     Returns coefficients (G, number of checkpoints then) of the step away from the copy, of row sum 0.
     """
     basis, path = search.basis, os.path.join(search.folder, "self.pt")
-    if not os.path.exists(path):
+    kept = read_checkpoint(path) if c.resume and os.path.exists(path) else {}
+    same = torch.tensor(int(kept.get("key") == search.key))
+    dist.all_reduce(same, dist.ReduceOp.MIN)                            # nodes may see a shared folder at other times
+    if same:
+        copied = kept["ema"]
+    else:
         plan = schedule(c.sampler, c.steps, c.noise, 0.0, basis.model.sigmas)
         trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], count, c.seed, c.batch_size)
+        copied = trained.state_dict()
         if dist.get_rank() == 0:
-            save(path, trained)
-        dist.barrier()
-    basis.states.append(stored_parts(path)["ema"])
+            save(path, trained, key=search.key)
+    basis.states.append(copied)
+    basis.copies.append(path)
     search.drawn += count
     search.bar.update(count)
     n = len(basis.states)
@@ -496,8 +505,13 @@ def check(c, world):
     for name, least in dict(images=2, pairs=1, batch_size=1, num_prdc=10, num_real=10, reference=2 * c.images).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
-    if c.neon < 0 or c.neon_images < world:
+    if c.neon < 0 or c.neon and c.neon_images < world:
         fail(f"neon {c.neon} must not be negative, and neon_images {c.neon_images} at least {world}")
+    for name in {"neon", "neon_images"} & set(c.given):
+        if c.method not in ("rl", "all") or not c.neon:
+            fail(f"--{name} does nothing with --method={c.method} --neon={c.neon}; leave it out")
+    if c.method == "neon" and c.budget < max(24, 2 * world):
+        fail(f"budget {c.budget}: --method=neon needs at least {max(24, 2 * world)}")
     first = (0 if c.moments else c.reference) + (c.neon_images if c.neon else 0)
     if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
         fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
@@ -576,7 +590,7 @@ def run(c):
     w = results[best]
 
     rows = judge_all(basis, results, judges, real_report, c) if c.num else {}
-    found = dict(ckpts=paths, groups=basis.groups, method=best,
+    found = dict(ckpts=[*paths, *basis.copies], groups=basis.groups, method=best,
                  coefficients={k: v.tolist() for k, v in results.items()}, budget=c.budget, drawn=drawn, seed=c.seed,
                  features=nets.name, sampler=c.sampler, steps=c.steps,
                  rows=[{k: row[k] for k in KEYS} | dict(method=name) for name, judged in rows.items()
@@ -584,7 +598,7 @@ def run(c):
     if rank == 0:
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
         save_bars(os.path.join(c.out, "coefficients.png"), w, basis.groups,
-                  [*paths, f"a copy of {os.path.basename(paths[-1])} trained on its own images"][:w.shape[1]])
+                  [*paths, *basis.copies][:w.shape[1]])
         for path in filter(None, (os.path.join(c.out, "merge.json"), c.json)):
             with whole(path) as f:
                 f.write(dumps(dict(found, candidates=log)).encode())

@@ -1181,10 +1181,11 @@ class Stop:
 def lost(kind, error, trace):
     """Instead of a traceback one line where another rank ended, which names the cause itself unless it was killed."""
     time.sleep(3 if "COPY_OF_RANK_0" in os.environ else 1)                  # as in fail()
-    killed = [-other.poll() for other in others if (other.poll() or 0) < 0]
+    codes = [other.poll() or 0 for other in others]
+    killed = [abs(code) % 128 for code in codes if code < 0 or code > 128]
     if isinstance(error, RuntimeError) and killed:
-        print(f"error: {signal.Signals(killed[0]).name} ended a process of this run (out of memory?); go on with "
-              "--resume, with OMP_NUM_THREADS=1 in one process", file=sys.stderr)
+        print(f"error: {signal.Signals(killed[0]).name} ended a process of this run (out of memory?); with "
+              "OMP_NUM_THREADS=1 it is one process", file=sys.stderr)
     elif isinstance(error, RuntimeError) and re.search("by peer|Broken pipe|remote process exited", str(error)):
         print(f"note: rank {os.environ['RANK']} ends, as another rank has ended", file=sys.stderr)
     else:
@@ -1205,8 +1206,9 @@ def share_cores(c, divides=0):
     world = max(n for n in range(1, min(4, threads) + 1) if divides % n == 0)
     named = [c.get(name, "") for name in ("ckpt", "ckpts", "guide", "images", "features", "judges")]
     words = [word for value in named for word in (value if isinstance(value, list) else [str(value)])]
-    large = c.vae or {"inception", "dinov2"} & set(words) or any(word.startswith("http") for word in words) or any(
-        os.path.exists(path) and os.path.getsize(path) > 2**26 for word in words for path in glob.glob(word))
+    files = [path for word in words for path in glob.glob(word) if os.path.exists(path)]
+    large = c.vae or {"inception", "dinov2"} & set(words) or sum(map(os.path.getsize, files)) > 2**26 or any(
+        word.startswith(("http", "file://")) for word in words)
     if world == 1 or large or "RANK" in os.environ or torch.cuda.is_available() or not os.path.isfile(sys.argv[0]):
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
