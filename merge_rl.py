@@ -46,8 +46,6 @@ method = "rl" # rl, single, uniform, greedy, ema, random, neon, line; all: every
 budget = 24000 # images each method may draw to search
 per = "block" # coefficients for each block, for each stage, or for the whole model (all: the paper's)
 policy = "mean" # mean: the coefficients themselves are learned; net: the output of an MLP is (the paper's)
-neon = 0.0 # rl starts so many steps away from a copy that was trained on its own images, which joins the checkpoints
-neon_images = 6000 # its own images that the copy is trained on, of the budget
 credit = "image" # image: mean first variation of a candidate's images; subset: exact gain of swapping them in
 images = 128 # per candidate
 pairs = 4 # antithetic pairs of candidates per iteration
@@ -270,14 +268,10 @@ def evolve(reward_of, start, iters, pairs, std, lr, rng, policy="mean", momentum
 # ---- Methods: each gets a Search and c.budget images, and returns coefficients (G, K) -------------------------------
 
 def rl(search, c, G, K):
-    """RL over the coefficients with the distribution-wise reward, from the last checkpoint or a step away from it."""
+    """RL over the coefficients with the distribution-wise reward."""
     start = one_hot(K - 1, G, K)
-    if c.neon:
-        step = away(search, c, G, K, c.neon_images)
-        start = one_hot(K - 1, G, step.shape[1]) + c.neon * step
     classes, d = search.basis.model.num_classes, max(search.nets.dims)
-    used = search.drawn                     # the copy has seen what the first noise of the stream becomes
-    first = None if c.moments else search.draw(start[None], c.reference, used)[0]
+    first = None if c.moments else search.draw(start[None], c.reference, 0)[0]
     per_iteration = (2 * c.pairs + (c.credit == "subset")) * c.images
     iters, memory = (c.budget - search.drawn) // per_iteration, long_enough(c.memory, per_iteration, d)
     if memory > c.memory and c.credit == "image":
@@ -293,7 +287,7 @@ def rl(search, c, G, K):
         reference = SumSet(parts, search.nets.dims) if len(parts) > 1 else parts[0]
 
     def by_image(it, mean, ws):
-        f = search.draw(ws, c.images, used + c.reference + it * c.images)
+        f = search.draw(ws, c.images, c.reference + it * c.images)
         reference.push(f.flatten(0, 1))
         rewards = -reference.influence(f.flatten(0, 1)).view(len(ws), c.images).mean(1)
         for w, reward in zip(ws, rewards.tolist()):
@@ -302,7 +296,7 @@ def rl(search, c, G, K):
 
     def by_swap(it, mean, ws):
         """Each candidate's images in the places of the oldest members; then the mean's own images take them."""
-        f = search.draw(torch.cat([ws, mean[None]]), c.images, used + c.reference + it * c.images)
+        f = search.draw(torch.cat([ws, mean[None]]), c.images, c.reference + it * c.images)
         slots = (it * c.images + torch.arange(c.images, device=f.device)) % c.reference
         rewards = reference.swap_gain(slots, f[:-1])
         reference.push(f[-1])
@@ -383,12 +377,13 @@ def posthoc_coefficients(ends, stds, end, std):
     return X / X.sum()
 
 
-def away(search, c, G, K, count):
+def neon(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
     """
-    The last checkpoint is trained on `count` of its own images, and the copy joins the basis (Neon, arXiv 2510.03597).
-    Returns coefficients (G, number of checkpoints then) of the step away from the copy, of row sum 0.
+    One step away from self-training (arXiv 2510.03597): the last checkpoint is trained on its own images, the copy
+    joins the basis, and theta - s (theta_self - theta) is tried for several s. Half of the images are for training.
     """
-    basis, path = search.basis, os.path.join(search.folder, "self.pt")
+    basis, half = search.basis, c.budget // 2
+    path = os.path.join(search.folder, "self.pt")
     kept = read_checkpoint(path) if c.resume and os.path.exists(path) else {}
     same = torch.tensor(int(kept.get("key") == search.key))
     dist.all_reduce(same, dist.ReduceOp.MIN)                            # nodes may see a shared folder at other times
@@ -396,23 +391,16 @@ def away(search, c, G, K, count):
         copied = kept["ema"]
     else:
         plan = schedule(c.sampler, c.steps, c.noise, 0.0, basis.model.sigmas)
-        trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], count, c.seed, c.batch_size)
+        trained = self_trained(basis.merge(one_hot(K - 1, G, K)), [plan], half, c.seed, c.batch_size)
         copied = trained.state_dict()
         if dist.get_rank() == 0:
             save(path, trained, key=search.key)
     basis.states.append(copied)
     basis.copies.append(path)
-    search.drawn += count
-    search.bar.update(count)
-    n = len(basis.states)
-    return one_hot(K - 1, G, n) - one_hot(n - 1, G, n)
-
-
-def best_step(search, c, G, K, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
-    """Neon: the best of several steps away from self-training. Half of the images are for training."""
-    step = away(search, c, G, K, c.budget // 2)
-    ws = torch.stack([one_hot(K - 1, G, step.shape[1]) + s * step for s in scales])
-    return ws[int(np.argmin(search.scores(ws, c.budget // 2 // len(scales))))]
+    search.drawn += half
+    search.bar.update(half)
+    ws = torch.stack([(1 + s) * one_hot(K - 1, G, K + 1) - s * one_hot(K, G, K + 1) for s in scales])
+    return ws[int(np.argmin(search.scores(ws, half // len(scales))))]
 
 
 def line(search, c, G, K, candidates=13):
@@ -421,7 +409,7 @@ def line(search, c, G, K, candidates=13):
     return ws[int(np.argmin(search.scores(torch.stack(ws), c.budget // candidates)))]
 
 
-METHODS = dict(rl=rl, single=single, uniform=uniform, greedy=greedy, ema=ema, random=random, neon=best_step, line=line)
+METHODS = {f.__name__: f for f in (rl, single, uniform, greedy, ema, random, neon, line)}
 
 
 def obstacle(name, paths):
@@ -505,17 +493,12 @@ def check(c, world):
     for name, least in dict(images=2, pairs=1, batch_size=1, num_prdc=10, num_real=10, reference=2 * c.images).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
-    if c.neon < 0 or c.neon and c.neon_images < world:
-        fail(f"neon {c.neon} must not be negative, and neon_images {c.neon_images} at least {world}")
-    for name in {"neon", "neon_images"} & set(c.given):
-        if c.method not in ("rl", "all") or not c.neon:
-            fail(f"--{name} does nothing with --method={c.method} --neon={c.neon}; leave it out")
     if c.method == "neon" and c.budget < max(24, 2 * world):
         fail(f"budget {c.budget}: --method=neon needs at least {max(24, 2 * world)}")
-    first = (0 if c.moments else c.reference) + (c.neon_images if c.neon else 0)
+    first = 0 if c.moments else c.reference
     if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
         fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
-             f"and what comes before, {first}; raise it, or lower --images, --reference or --neon_images")
+             f"and the reference of {first}; raise it, or lower --images or --reference")
     if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given
                       or len(c.features) > 1):
         fail("--moments are in place of a reference, for --method=rl with --credit=image and one of --features")

@@ -2421,18 +2421,15 @@ def test_posthoc_ema_golden():
 
 
 def test_merge_rl_as_typed(tmp_path):
-    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--neon=2", "--neon_images=100", "--num=100",
-                         "--num_prdc=50", "--out", tmp_path, "--json", tmp_path / "m.json")
+    code, out, err = run(merge_rl, *BRIEF, "--method=all", "--budget=600", "--num=100", "--num_prdc=50",
+                         "--out", tmp_path, "--json", tmp_path / "m.json")
     assert code == 0 and all(f"{name} " in out for name in {"last", *merge_rl.METHODS} - {"line"}), err
     found = json.load(open(tmp_path / "m.json"))
     assert all(spent <= 600 for spent in found["drawn"].values()) and found["drawn"]["rl"] > 400
     assert len(found["rows"]) == 2 * 8 and found["candidates"][0]["method"] == "rl"
     merged, w = models.load(str(tmp_path / "merged.pt")), torch.tensor(found["coefficients"]["rl"], dtype=torch.float64)
-    # Eight groups; the last column is the copy that was trained on its own images, which rl starts 2 steps away from.
-    assert w.shape == (8, 4) and (w.sum(1) - 1).abs().max() < 1e-9 and (w[:, 3] < -1).all() and (w[:, 2] > 2).all(), w
-    basis = basis_of(SNAPSHOTS, "block")
-    basis.states.append(models.stored_parts(str(tmp_path / "cache" / "rl" / "self.pt"))["ema"])
-    again = basis.merge(w).model
+    assert w.shape == (8, 3) and (w.sum(1) - 1).abs().max() < 1e-9, w
+    again = basis_of(SNAPSHOTS, "block").merge(w).model
     assert all(torch.equal(a, b) for a, b in zip(merged.state_dict().values(), again.state_dict().values()))
     assert Image.open(tmp_path / "coefficients.png").size[0] >= 240
 
@@ -2482,7 +2479,7 @@ def test_merge_in_two_networks(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--credit=subset"], ["--per=all", "--policy=net"], ["--method=greedy"],
-                                     ["--neon=1", "--neon_images=100"]])
+                                     ["--method=neon"]])
 def test_merge_resumed_is_uninterrupted(tmp_path, options):
     argv = [*BRIEF, "--budget=700", "--num=0", *options]
     assert run(merge_rl, *argv, "--out", tmp_path / "a")[0] == 0
@@ -2565,8 +2562,6 @@ def test_merge_mistakes(tmp_path):
     table = [([good], 2, "at least 2"), ([good, nan], 1, "NaN"), ([good, other], 1, "cannot be merged"),
              ([good, tmp_path / "none.pt"], 2, "no checkpoint"), ([good, good, "--per=layer"], 2, "choose"),
              ([good, good, "--method=soup"], 2, "choose"), ([good, good, "--budget=10"], 2, "budget"),
-             ([good, good, "--neon=1", "--budget=7000"], 2, "neon_images"), ([good, good, "--neon=-1"], 2, "negative"),
-             ([good, good, "--neon=1", "--method=single"], 2, "leave it out"),
              ([good, good, "--method=neon", "--budget=10"], 2, "at least 24"),
              ([good, other, "--method=ema"], 1, "cannot be merged"), ([nan, nan], 1, "NaN"),
              ([good, str(good).replace("0.050", "*"), "--images=1"], 2, "at least 2")]
