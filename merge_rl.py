@@ -1,7 +1,7 @@
 """
 Merge stored checkpoints of one model: RL over the coefficients, whose reward is an improvement of FID.
 
-Merged weights are sum_k w_k theta_k with sum_k w_k = 1, negatives allowed. Candidates are drawn with the sampler that
+Merged weights are sum_k w_k theta_k with sum_k w_k = 1 in each block, negatives allowed. Candidates are drawn with the sampler that
 is used in the end, on common noise and labels; no SDE anywhere (arXiv 2607.02291, section on merging).
 
 Left out on purpose: a softmax over coefficients (the best ones are often negative) and spherical interpolation.
