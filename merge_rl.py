@@ -1,8 +1,8 @@
 """
 Merge stored checkpoints of one model: RL over the coefficients, whose reward is an improvement of FID.
 
-Merged weights are sum_k w_k theta_k with sum_k w_k = 1 in each block, negatives allowed. Candidates are drawn with the sampler that
-is used in the end, on common noise and labels; no SDE anywhere (arXiv 2607.02291, section on merging).
+Merged weights are sum_k w_k theta_k with sum_k w_k = 1 in each block, negatives allowed. Candidates are drawn with
+the sampler that is used in the end, on common noise and labels; no SDE anywhere (arXiv 2607.02291, section on merging).
 
 Left out on purpose: a softmax over coefficients (the best ones are often negative) and spherical interpolation.
 
@@ -172,7 +172,7 @@ class Search:
                 path = os.path.join(self.folder, f"{self.drawn + rank * count:07d}.pt")
                 if c.resume and os.path.exists(path):
                     kept = read_checkpoint(path)
-                    # On another number of ranks the moments of real images, and so the rewards, are rounded differently.
+                    # On another number of ranks real moments, and so the rewards, are rounded differently.
                     if kept.get("key") != self.key or (kept["w"] - part[rank]).abs().max() > 1e-6:
                         fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume", 1)
                     mine = kept["features"].to(self.device)
