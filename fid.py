@@ -40,7 +40,7 @@ num_real = 50000 # real images of the tiny world that are compared with; a folde
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
 sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
-noise = 0.0 # noise level of the sampler; 0: 0.8 for SiT, 0.7 for EDM2
+noise = 0.0 # noise level of the sampler; 0: 0.5 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
@@ -491,7 +491,7 @@ def judge(fake, real, labels=None):
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.8, last=0.0, seed=0, stream="report",
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.5, last=0.0, seed=0, stream="report",
              num_prdc=5000, batch_size=250, keep=0, labels="balanced"):
     """
     Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;

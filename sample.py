@@ -35,7 +35,7 @@ vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-
 num = 100 # images to draw
 sampler = "" # SiT: flow (or any other of FORMS below), euler, heun; EDM2: heun, euler, ancestral; empty: the first
 steps = 10 # steps of the sampler: network evaluations, two each for heun
-noise = 0.0 # noise level: its square times the form's diffusion, itself times ancestral's std; 0: 0.8 SiT, 0.7 EDM2
+noise = 0.0 # noise level: its square times the form's diffusion, itself times ancestral's std; 0: 0.5 SiT, 0.7 EDM2
 last = 0.0 # noise-free last step: its length (0: 1/steps for flow, 0.04 for SiT's forms), or sigma at its start (EDM2)
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
@@ -66,7 +66,7 @@ FORMS = {
 
 
 SAMPLERS = {"sit": (*FORMS, "euler", "heun"), "edm2": ("heun", "euler", "ancestral")}    # the first is the default
-NOISE = {"sit": 0.8, "edm2": 0.7}
+NOISE = {"sit": 0.5, "edm2": 0.7}
 RHO = 7                                         # of EDM2's noise levels
 
 

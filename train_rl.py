@@ -5,9 +5,10 @@ One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD ->
 property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
 paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
---objective=ppo is the paper's policy gradient through the noisy steps of the SDE; the default, forward, learns faster
-here: rewarded images are re-noised, so that any sampler can draw them, and the SDE and the ODE do so in turn. With
---neon=1 it starts with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward.
+Three objectives learn from it. ppo is the paper's policy gradient through the noisy steps of the SDE. forward re-noises
+rewarded images, so that any sampler can draw them. pathwise, the default, follows the gradient of the first variation
+through the feature network and the sampler's last step: it learns fastest, and needs networks that have a gradient.
+With --neon=1 a run starts with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -61,13 +62,13 @@ iters = 36 # rollouts, each with `epochs` updates
 batch = 1000 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
-noise = 0.0 # its noise level; 0: 0.8 for SiT, 0.7 for EDM2
+noise = 0.0 # its noise level; 0: 0.5 for SiT, 0.7 for EDM2
 last = 0.0 # its noise-free last step, see sample.py
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of forward's rollouts, in turn; empty: flow flow euler for SiT, ancestral heun for EDM2
+rollout = [] # samplers of the rollouts, in turn (not ppo); empty: flow euler for SiT, ancestral heun for EDM2
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -87,19 +88,19 @@ bound = 5.0 # advantages are bounded to so many standard deviations
 # how it is learned
 neon = 0.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
 neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
-objective = "forward" # forward: re-noised clean images; ppo: policy gradient; pathwise: the reward's own gradient
+objective = "pathwise" # pathwise: the reward's own gradient; forward: re-noised clean images; ppo: policy gradient
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
-horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
+horizon = 1 # pathwise: steps of the sampler, the last ones, that the gradient passes
 noisiest = 0.0 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs; 0: 0.5 SiT, 1 EDM2
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
-grad_clip = 1.0 # bound on the gradient's norm
+grad_clip = 1.0 # bound on the gradient's norm (not pathwise)
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.01 # after an update the weights go this share (falling with lr) of the way back to the base: against drift
+pull = 0.1 # after an update the weights go this share (falling with lr) of the way back to the base: against drift
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -114,7 +115,7 @@ eval_full = False # also evaluate with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "flow", "euler"], ode="euler", lr=1e-4,
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4,
                     noisiest=0.5),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
                      lr=1e-3, noisiest=1.0)}
@@ -338,8 +339,8 @@ def pathwise_pairs(states, velocities, labels, plan, horizon):
 
 def pathwise_loss(model, generator, part, plan, net, reference):
     """
-    First variation of each image, over its standard deviation, with its gradient through the features, the decoder
-    (quantised: straight through) and the last steps of the sampler on the same noise. Returns loss (b,), None, 0.
+    First variation of each image with its gradient through the features, the decoder (quantised: straight through) and
+    the last steps of the sampler on the same noise: the gradient of the distance itself. Returns loss (b,), None, 0.
     """
     x, horizon = part["x"], part["noise"].shape[1]
     for j in range(horizon):
@@ -347,8 +348,7 @@ def pathwise_loss(model, generator, part, plan, net, reference):
         v = model(x, x.new_full((len(x),), plan.t[k].item()), part["y"]).float()
         x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
     images = decode(generator, x, quantize=False)
-    psi = reference.influence(net(images + (images.to(torch.uint8) - images).detach()))
-    return psi / psi.std().detach().clamp(min=1e-12), None, 0.0
+    return reference.influence(net(images + (images.to(torch.uint8) - images).detach())), None, 0.0
 
 
 def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
@@ -490,9 +490,8 @@ def check(c, world):
              "--objective=forward")
     if c.advantage == "rejection" and c.top == 1:
         fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
-    if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample" or not 1 <= c.horizon <= c.steps):
-        fail("--objective=pathwise needs --credit=image, a distribution-wise --reward and a --horizon of 1 to "
-             f"{c.steps} steps")
+    if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample"):
+        fail("--objective=pathwise needs --credit=image and a distribution-wise --reward; or add --objective=forward")
     for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, save_every=1,
                             refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
         if c[name] < least:
@@ -534,12 +533,13 @@ def check(c, world):
             "credit=subset": ("memory", "moments", "offset"), "moments": ("reference",),
             "objective=ppo": ("proximal", "rollout", "offset", "horizon", "noisiest"),
             "objective=forward": ("clip", "horizon"),
-            "objective=pathwise": ("proximal", "rollout", "offset", "clip", "times", "noisiest", "top", "advantage",
-                                   "bound")}
+            "objective=pathwise": ("proximal", "offset", "clip", "times", "noisiest", "top", "advantage", "bound",
+                                   "grad_clip")}
     chosen = [f"{name}={c[name]}" for name in ("reward", "credit", "objective")] + ["moments"] * bool(c.moments)
     for where in chosen:
         for name in set(idle.get(where, ())) & set(c.given):
-            fail(f"--{name} does nothing with --{where}; leave it out")
+            other = ", or add --objective=forward" if where == "objective=pathwise" else ""
+            fail(f"--{name} does nothing with --{where}; leave it out{other}")
     for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
         writable(path)
 
@@ -619,7 +619,8 @@ def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
     probe = states[:, :few], velocities[:, :few], mine[:few]
     if c.bf16:
         probe = states[:, :few], outputs(exact(ddp.module), states[:, :few], mine[:few], course.plan), mine[:few]
-    norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), c.grad_clip)
+    bound = math.inf if c.objective == "pathwise" else c.grad_clip
+    norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), bound)
     clock.append(time.perf_counter())
 
     kl, halvings = guard(exact(ddp.module), params, start, probe, course.plan, c.kl_limit)
@@ -884,10 +885,13 @@ def run(c, stop):
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout", "lr", "noisiest")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    c["rollout"] = c.rollout if c.objective == "forward" else [c.sampler]
+    c["rollout"] = [c.sampler] if c.objective == "ppo" else c.rollout
     plans = {name: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas) for name in c.rollout}
     if c.objective == "ppo" and not len(plans[c.sampler].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
+    fewest = min(len(plan.t) for plan in plans.values())
+    if c.objective == "pathwise" and not 1 <= c.horizon <= fewest:
+        fail(f"horizon {c.horizon}: needed is 1 to {fewest}, the sampler's steps")
     check_classes(c.real, model.num_classes)
     for block in model.modules():
         if isinstance(block, Recomputed):
