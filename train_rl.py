@@ -836,8 +836,11 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def activations(model, n):
-    """Bytes that the backward pass of n images needs beside weights and gradients: on tensors without memory."""
+def activations(model, n, horizon=0, net=None):
+    """
+    Bytes that the backward pass of n images needs beside weights and gradients, through `horizon` steps, decoder and
+    net if there is one: on tensors without memory.
+    """
     network = Guided(model.model, bf16=model.bf16)
     n *= 1 + (model.scale != 1 and model.guide is None)                 # the null class of guidance comes on top
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -846,7 +849,10 @@ def activations(model, n):
                  for p in network.parameters() if p.requires_grad]
         with Peak(known) as counted:
             x = torch.zeros(n, *network.shape, device=known[0].device)
-            network(x, x.new_full((n,), 0.5), x.new_zeros(n, dtype=torch.int64)).sum().backward()
+            t, y = x.new_full((n,), 0.5), x.new_zeros(n, dtype=torch.int64)
+            for _ in range(max(1, horizon)):
+                x = network(x, t, y)
+            (net(decode(model, x, quantize=False)) if net else x).sum().backward()
         for hook in hooks:
             hook.remove()
     return counted.peak
@@ -860,8 +866,9 @@ def memory_estimate(c, model, net, courses, world):
              "gradients": weights, "Adam": 2 * courses * weights, "rollout": rollout,
              "moments": 2 * (2 + courses) * net.dim**2}
     gb = {name: 4 * count / 2**30 for name, count in parts.items()}
-    pairs = min(c.micro_batch, (c.times or c.steps) * c.batch // world)
-    gb["activations"] = activations(model, pairs * (c.horizon if c.objective == "pathwise" else 1)) / 2**30
+    pathwise = c.objective == "pathwise"
+    pairs = c.batch // world * (1 if pathwise else c.times or c.steps)
+    gb["activations"] = activations(model, min(c.micro_batch, pairs), *(c.horizon, net) if pathwise else ()) / 2**30
     largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
     return (f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'}, beside the passes of feature "
             "networks and decoder")
