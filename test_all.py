@@ -64,7 +64,8 @@ def error(a, b):
 def group():
     models.setup()
     count, known = train_rl.activations, {}     # many tests train the same network; counting takes longer than they
-    key = lambda model, n: (*(p.shape for p in model.parameters()), n, model.bf16, model.scale, *(
+    key = lambda model, n, horizon=0, net=None: (
+        *(p.shape for p in model.parameters()), n, horizon, net and net.name, model.bf16, model.scale, *(
         getattr(m, "checkpointing", None) for m in model.modules()))
     train_rl.activations = lambda *a: known[key(*a)] if key(*a) in known else known.setdefault(key(*a), count(*a))
     for k, path in enumerate(SNAPSHOTS):        # three checkpoints near the base, as a training run would leave them
