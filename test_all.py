@@ -1035,7 +1035,7 @@ def test_folder_and_zip_are_the_same(tmp_path):
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
     quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
-    code, _, err = run(train_rl, *quick, "--iters=5", "--rollout", "flow", "euler", "--credit=subset", "--subset=10",
+    code, _, err = run(train_rl, *quick, "--iters=5", "--objective=forward", "--credit=subset", "--subset=10",
                        "--refresh=2", "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
@@ -1410,7 +1410,7 @@ def test_train_rl_variants(tmp_path, options):
     change = sum((a - b).abs().sum() for a, b in zip(base.state_dict().values(), tuned.state_dict().values()))
     assert change > 0 and math.isfinite(change)
     first = [json.loads(line) for line in open(tmp_path / "log.jsonl")][0]
-    assert (first["halvings"] > 0) == ("--kl_limit=1e-6" in options)
+    assert "--objective=forward" not in options or (first["halvings"] > 0) == ("--kl_limit=1e-6" in options)
 
 
 def test_sample_as_typed(tmp_path):
@@ -1526,8 +1526,10 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--judges="], 2, "at least one"),
         (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
-        (train_rl, ["--reward=sample", "--credit=subset"], 2, "an image's own"),
-        (train_rl, ["--reward=sample", "--features=pixels"], 2, "no classifier"),
+        (train_rl, ["--objective=forward", "--reward=sample", "--credit=subset"], 2, "an image's own"),
+        (train_rl, ["--objective=forward", "--reward=sample", "--features=pixels"], 2, "no classifier"),
+        (train_rl, ["--reward=sample"], 2, "add --objective=forward"), (train_rl, ["--offset=0"], 2, "or add"),
+        (train_rl, ["--horizon=11"], 2, "the sampler's steps"),
         (train_rl, ["--reward=mmd", "--real", tmp_path / "wrong.npz", "--judges=tiny"], 2, "needs real images"),
         (train_rl, ["--features=tiny,tiny2", "--real", tmp_path / "wrong.npz"], 2, "one feature network"),
         (train_rl, ["--refresh=2"], 2, "does nothing"), (train_rl, ["--kl_limit=0"], 2, "more than 0"),
@@ -1932,8 +1934,8 @@ def ranked_runs(out):
     short = ["--iters=3", "--num=0", "--num_real=300", "--steps=4"]
     neon = "--neon=1", "--neon_images=50"
     return [(train_rl, [*short, *neon, "--batch=320", "--out", os.path.join(out, "image")]),    # enough for memory 0
-            (train_rl, [*short, *neon, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--out",
-                        os.path.join(out, "subset")]),
+            (train_rl, [*short, *neon, "--batch=200", "--reference=400", "--objective=forward", "--credit=subset",
+                        "--subset=10", "--out", os.path.join(out, "subset")]),
             (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
                    os.path.join(out, "fid.json")]),
             (merge_rl, ["--ckpts", "assets/sit-tiny-0[345]*-0.050.pt", *BRIEF[4:], "--budget=700", "--num=0", "--out",
@@ -1976,9 +1978,10 @@ def test_two_ranks_are_one(one_rank, ranked, credit):
     assert len(logs[0]) == len(logs[1]) == 3
     for a, b in zip(*logs):
         assert math.isclose(a["fd"], b["fd"], rel_tol=1e-5) and a["images"] == b["images"]
-    states = [models.load(str(out / "ckpt.pt")).state_dict() for out in outs]
-    worst = max((states[0][k] - states[1][k]).abs().max().item() for k in states[0])
-    assert worst < 1e-5 * max(v.abs().max() for v in states[0].values()), worst
+    # A pixel that is rounded to the other side turns Adam's step around where the gradient is next to nothing.
+    one, two, base = (torch.cat([p.flatten() for p in models.load(path).parameters()])
+                      for path in (*(str(out / "ckpt.pt") for out in outs), ""))
+    assert (one - two).norm() < 0.02 * (one - base).norm() > 0, (one - two).norm() / (one - base).norm()
 
 
 def test_fid_of_two_ranks(one_rank, ranked):
@@ -2292,7 +2295,7 @@ def test_edm2_as_typed(tmp_path):
     random_edm2(path, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
     random_edm2(weak, 1, label_dim=0, model_channels=4, channel_mult=[1, 1], attn_resolutions=[])
     for options in ([], ["--guide", weak, "--guidance=2", "--objective=ppo"],
-                    ["--cfg=1.5", "--cfg_channels=2", "--times=1"]):
+                    ["--cfg=1.5", "--cfg_channels=2", "--objective=forward", "--times=1"]):
         code, out, err = run(train_rl, *QUICK, "--num=20", "--batch=40", "--reference=100", "--judges=factors",
                              "--ckpt", path, "--out", tmp_path / "o", *options)
         assert code == 0 and " on ancestral" in out and "heun-2" in out, err
@@ -2594,7 +2597,7 @@ def test_a_step_away_from_self_training(tmp_path):
         assert loss(trained) < 0.97 * loss(base) and 1.03 * loss(base) < loss(away)
 
     # With advantages of 0 nothing else happens, and a longer step goes on in a line.
-    argv = [*SHORT, "--iters=1", "--advantage=zero", "--offset=0", "--pull=0"]
+    argv = [*SHORT, "--iters=1", "--objective=forward", "--advantage=zero", "--offset=0", "--pull=0"]
     for size in (1, 3):
         code, _, err = run(train_rl, *argv, f"--neon={size}", "--out", tmp_path / str(size))
         assert code == 0, err
@@ -2830,7 +2833,8 @@ def test_a_script_on_all_cores_names_a_mistake_once(mistakes_on_all_cores):
     assert late[0] == 1 and "a process for another core did not start" in late[1][-1], late
 
 
-TURNS = [*SHORT, "--batch=200", "--reference=400", "--credit=subset", "--subset=10", "--cosine=false"]
+TURNS = [*SHORT, "--batch=200", "--reference=400", "--objective=forward", "--credit=subset", "--subset=10",
+         "--cosine=false"]
 
 
 @beside
