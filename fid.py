@@ -2,7 +2,7 @@
 Judge generated images against real ones: FID, KID, precision / recall, density / coverage.
 
 python fid.py --num 50000                                       # the tiny base: draw and judge
-python fid.py --ckpt out/train_rl/ckpt.pt --num 10000
+python fid.py --ckpt out/train_rl/ckpt.pt --num 10000 --features tiny2 tiny factors
 python fid.py --images FOLDER --real FOLDER                     # a folder, a zip or an .npz of images
 python fid.py --real FOLDER --stats real.npz                    # write statistics, to be used as --real real.npz
 python fid.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real VIRTUAL_imagenet256_labeled.npz
@@ -34,8 +34,8 @@ vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-
 images = "" # judge these instead: folder or zip of images, or .npz with arr_0 (N, H, W, 3) uint8
 num = 0 # images to judge; 0: 50,000 drawn, or all of --images
 real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
-features = "tiny2" # tiny, tiny2, pixels, factors, inception (the one FID means), dinov2 (FD-DINOv2)
-features_path = "" # weights of that network, or their folder; empty: the published file, in torch's cache
+features = ["tiny2"] # one or more of tiny, tiny2, pixels, factors, inception (the one FID means), dinov2 (FD-DINOv2)
+features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
 num_prdc = 5000 # KID and the neighbour metrics use the first so many images
 sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
@@ -51,7 +51,7 @@ seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
 stats = "" # write the statistics of --real, or of --images if given, to this .npz and stop
-json = "" # also write the numbers to this file
+json = "" # also write the numbers to this file, a line per feature network
 # -----------------------------------------------------------------------------
 
 
@@ -541,17 +541,18 @@ def npz_images(path, num, size):
     return torch.from_numpy(array[:num or None][rank::world]).permute(0, 3, 1, 2).split(250)
 
 
-def images_summary(images, num, num_prdc, net, device):
-    """Summary of the images in a folder, a zip or an .npz: the first num, or all (0)."""
+def images_summaries(images, num, num_prdc, nets, device):
+    """{net.name: Summary} of the images in a folder, a zip or an .npz: the first num, or all (0)."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    size = next((net.size for net in nets if net.size), None)
     if images.endswith(".npz"):
-        batches = npz_images(images, num, net.size)
+        batches = npz_images(images, num, size)
     else:
         found = len(list_images(images)[0])
         if found < num:
             fail(f"{images} holds {found} images, {num} are asked for; FID depends on the number", code=1)
-        batches = image_batches(images, net.size, rank, world, len(range(rank, num, world)) if num else 0)
-    return summarize(batches, [net], num_prdc, device)[net.name]
+        batches = image_batches(images, size, rank, world, len(range(rank, num, world)) if num else 0)
+    return summarize(batches, nets, num_prdc, device)
 
 
 def main(argv=None):
@@ -566,17 +567,24 @@ def main(argv=None):
         fail(f"unknown stream {c.stream!r}; choose report or select")
     if c.labels not in ("balanced", "random"):
         fail(f"unknown labels {c.labels!r}; choose balanced or random")
+    if not c.features or len(set(c.features)) < len(c.features):
+        fail(f"features {c.features}: needed are different feature networks, at least one")
+    if len(c.features) > 1 and (c.stats or is_statistics(c.real)):
+        fail(f"statistics are those of one feature network, --features names {len(c.features)}")
+    if c.features_path and not set(c.features) & set(WEIGHTS):
+        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features; leave it out")
     for path in filter(None, (c.json, c.stats)):
         writable(path)
-    net = feature_net(c.features, c.features_path, device)
+    nets = [feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in c.features]
     num_real = c.num_real if c.real == "tiny" else 0
     role = "select" if c.stream == "select" else "all"
     if c.stats:
-        found = (images_summary(c.images, c.num, c.num_prdc, net, device) if c.images else
-                 real_summaries(c.real, [net], role, c.num_prdc, num_real, device)[net.name])
+        found = (images_summaries(c.images, c.num, c.num_prdc, nets, device) if c.images else
+                 real_summaries(c.real, nets, role, c.num_prdc, num_real, device))[nets[0].name]
         if rank == 0:
-            write_statistics(c.stats, found, net)
-        print0(f"wrote {c.stats}: {found.num} images of {c.images or c.real}, {net.name} features; use it as --real")
+            write_statistics(c.stats, found, nets[0])
+        print0(f"wrote {c.stats}: {found.num} images of {c.images or c.real}, {nets[0].name} features; use it as "
+               "--real")
         return
 
     model = None if c.images else load_guided(c, device)
@@ -585,28 +593,31 @@ def main(argv=None):
         schedule(c.sampler, c.steps, noise, c.last, model.sigmas)       # better to know before the real images are read
         check_classes(c.real, model.num_classes)
     size = image_size(model) if model else None
-    real_set = real_summaries(c.real, [net], role, c.num_prdc, num_real, device, size)
+    real_sets = real_summaries(c.real, nets, role, c.num_prdc, num_real, device, size)
     began = time.time()
     if c.images:
-        fake = images_summary(c.images, c.num, c.num_prdc, net, device)
-        row = dict(features=net.name, sampler=None, steps=None, seed=None, **judge(fake, real_set[net.name]))
+        fakes = images_summaries(c.images, c.num, c.num_prdc, nets, device)
+        rows = [dict(features=name, sampler=None, steps=None, seed=None, **judge(fake, real_sets[name]))
+                for name, fake in fakes.items()]
     else:
-        row = evaluate(model, [net], real_set, c.num or 50_000, c.sampler, c.steps, noise, c.last,
-                       c.seed, c.stream, c.num_prdc, c.batch_size, labels=c.labels)[net.name]
-    keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps",
-            "seed")
+        found = evaluate(model, nets, real_sets, c.num or 50_000, c.sampler, c.steps, noise, c.last, c.seed, c.stream,
+                         c.num_prdc, c.batch_size, labels=c.labels)
+        rows = [found[net.name] for net in nets]
     if c.json and rank == 0:
+        keys = ("fid", "fid_se", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler",
+                "steps", "seed")
         with whole(c.json) as f:
-            f.write(dumps({k: row[k] for k in keys}).encode() + b"\n")
-    show = lambda key, form: "-" if row[key] is None else format(row[key], form)
-    if c.num and c.num <= net.dim:
-        print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
-    source = c.images or f"{row['sampler']}, {c.steps} steps, {c.labels} labels, seed {c.seed}"
-    print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} features, "
-           f"real: {c.real}; {time.time() - began:.0f} s)\n"
-           f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
-           f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  "
-           f"(these on the first {min(row['num'], c.num_prdc)})")
+            f.write("".join(dumps({k: row[k] for k in keys}) + "\n" for row in rows).encode())
+    for net, row in zip(nets, rows):
+        if c.num and c.num <= net.dim:
+            print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
+        show = lambda key, form: "-" if row[key] is None else format(row[key], form)
+        source = c.images or f"{row['sampler']}, {c.steps} steps, {c.labels} labels, seed {c.seed}"
+        print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} "
+               f"features, real: {c.real}; {time.time() - began:.0f} s)\n"
+               f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
+               f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  "
+               f"(these on the first {min(row['num'], c.num_prdc)})")
 
 
 if __name__ == "__main__":

@@ -1315,10 +1315,10 @@ def test_latent_model_end_to_end(tmp_path):
     common = ["--vae", write_vae(tmp_path / "v.safetensors"), "--sampler=sigma", "--steps=3"]
     net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
     base, images = ["--ckpt", tmp_path / "m.pt", *common], tmp_path / "s.npz"
-    assert run(sample, *base, "--num=70", "--out", tmp_path, "--npz", images)[0] == 0
-    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (70, 32, 32, 3)
+    assert run(sample, *base, "--num=150", "--out", tmp_path, "--npz", images)[0] == 0
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (150, 32, 32, 3)
     code, out, err = run(fid, "--images", images, *net, "--stats", tmp_path / "stats.npz")
-    assert code == 0 and "70 images" in out, err
+    assert code == 0 and "150 images" in out, err
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
     code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
                          "--micro_batch=1", "--neon=1", "--neon_images=4", "--iters=1", "--out", tmp_path / "o")

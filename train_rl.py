@@ -110,7 +110,7 @@ num = 10000 # images before and after, on the same noise and labels; 0: no evalu
 stream = "report" # which noise and real images judge: report, or select to choose options by
 num_real = 20000 # real images of the tiny world, each for reward and judging; of a folder each gets half
 num_prdc = 3000 # KID and the neighbour metrics use the first so many
-eval_full = False # also evaluate with 5 times the steps
+eval_full = False # also evaluate a fifth of the images with 5 times the steps
 # -----------------------------------------------------------------------------
 
 
@@ -418,21 +418,37 @@ def guard(model, params, start, probe, plan, kl_limit):
 # ---- Judging --------------------------------------------------------------------------------------------------------
 
 KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall", "density",
-        "coverage")
+        "coverage", "histogram", "histogram_floor")
 
 
 def judge_model(model, nets, real, floors, samplers, c):
-    """Rows of the table, every (sampler, steps) judged in every net, and the first images of the first sampler."""
+    """Rows of the table, every (sampler, steps, num) judged in every net, and the first images of the first sampler."""
     rows, images = [], None
-    for name, steps in samplers:
+    for name, steps, num in samplers:
         last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
-        found = evaluate(exact(model), nets, real, c.num, name, steps, c.noise, last, c.seed, c.stream, c.num_prdc,
-                         c.batch_size, keep=min(c.num, 200))
+        found = evaluate(exact(model), nets, real, num, name, steps, c.noise, last, c.seed, c.stream, c.num_prdc,
+                         c.batch_size, keep=min(num, 200))
         images = found["images"] if images is None else images
         for net in nets:
-            labels = torch.arange(len(found[net.name]["kept"]), device=images.device) % model.num_classes
-            rows.append(dict(found[net.name], floor=floors[net.name], labels=labels))
+            kept = found[net.name]["kept"]
+            labels = torch.arange(len(kept), device=images.device) % model.num_classes
+            histogram = histogram_distance(real[net.name].features, kept) if net.name == "factors" else None
+            rows.append(dict(found[net.name], labels=labels, histogram=histogram, **floors[num][net.name]))
     return rows, images
+
+
+def floors_of(c, judges, real, num, device, size):
+    """{net.name: floor and histogram_floor}: what real images, `num` of them, differ by from the real images `real`."""
+    none = {net.name: dict(floor=None, histogram_floor=None) for net in judges}
+    if is_statistics(c.real):
+        return none
+    own = real_summaries(c.real, judges, "floor", c.num_prdc, num, device, size)
+    found = own[judges[0].name].num
+    if found < num:
+        print0(f"note: no floor, as {c.real} has {found} real images for it, not {num}")
+        return none
+    return {name: dict(floor=distance(x, real[name]), histogram_floor=histogram_distance(
+        real[name].features, x.features) if name == "factors" else None) for name, x in own.items()}
 
 
 def table(before, after):
@@ -458,17 +474,16 @@ def table(before, after):
     return "\n".join(lines)
 
 
-def histograms(before, after, real, floor):
+def histograms(before, after):
     """Lines for the views that no network learned: KID on raw pixels, histograms of the measured factors."""
     lines = []
     for b, a in zip(before, after):
         name = f"{b['sampler']}-{b['steps']}"
         if b["features"] == "pixels" and b["kid"] is not None:
             lines.append(f"{name}: KID on raw pixels {b['kid']:.4f} -> {a['kid']:.4f}")
-        if b["features"] == "factors" and floor:
-            known = real["factors"].features
-            b, a, f = (histogram_distance(known, x) for x in (b["kept"], a["kept"], floor["factors"].features))
-            lines.append(f"{name}: histograms of the factors differ from real by {b:.4f} -> {a:.4f} (floor {f:.4f})")
+        if b["histogram"] is not None:
+            lines.append(f"{name}: histograms of the factors differ from real by {b['histogram']:.4f} -> "
+                         f"{a['histogram']:.4f}" + (f" (floor {b['histogram_floor']:.4f})" if b["floor"] else ""))
     return "".join(line + "\n" for line in lines)
 
 
@@ -934,15 +949,12 @@ def run(c, stop):
                  f"{net.dim}", 1)
     stored = stored_moments(c.moments, nets.nets[0], device) if c.moments else None
     if c.num:
-        samplers = [(name, steps_of(name)) for name in (c.sampler, own["ode"])]
-        samplers = list(dict.fromkeys(samplers + [(name, 5 * steps) for name, steps in samplers if c.eval_full]))
+        samplers = [(name, steps_of(name), c.num) for name in (c.sampler, own["ode"])]
+        if c.eval_full:
+            samplers += [(name, 5 * steps, max(2 * world, c.num // 5)) for name, steps, _ in samplers]
+        samplers = list(dict.fromkeys(samplers))
         real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
-        real_floor = {} if is_statistics(c.real) else real_summaries(
-            c.real, judges, "floor", c.num_prdc, c.num, device, size)
-        floors = {j.name: distance(real_floor[j.name], real_report[j.name]) if real_floor else None for j in judges}
-        if real_floor and real_floor[judges[0].name].num < c.num:
-            print0(f"note: no floor, as {c.real} has {real_floor[judges[0].name].num} real images for it, not {c.num}")
-            floors = dict.fromkeys(floors)
+        floors = {num: floors_of(c, judges, real_report, num, device, size) for _, _, num in samplers}
         before = judged_before(c)
         if before is None:
             before, images = judge_model(model, judges, real_report, floors, samplers, c)
@@ -965,7 +977,7 @@ def run(c, stop):
         return
 
     after, images = judge_model(average, judges, real_report, floors, samplers, c)
-    print0(table(before, after) + "\n" + histograms(before, after, real_report, real_floor).rstrip())
+    print0(table(before, after) + "\n" + histograms(before, after).rstrip())
     if rank == 0:
         save_grid(os.path.join(c.out, "after.png"), images)
         if c.json:
