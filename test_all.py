@@ -1369,7 +1369,7 @@ QUICK = ["--iters=2", "--batch=120", "--reference=200", "--num=200", "--num_real
 
 def test_train_rl_as_typed(tmp_path):
     code, out, err = run(train_rl, *QUICK, "--neon=1", "--neon_images=50", "--out", tmp_path / "o", "--json",
-                         tmp_path / "r.json")
+                         tmp_path / "r.json", "--eval_full")
     assert code == 0, err
     assert sorted(os.listdir(tmp_path / "o")) == [
         "after.png", "before.png", "before.pt", "ckpt.pt", "log.jsonl", "start.pt", "state.pt", "times.jsonl"]
@@ -1384,6 +1384,9 @@ def test_train_rl_as_typed(tmp_path):
     first = result["after"][0]
     assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} \
         <= set(first)
+    assert [(row["sampler"], row["steps"], row["num"]) for row in result["after"] if row["features"] == "tiny2"] == [
+        ("flow", 4, 200), ("euler", 4, 200), ("flow", 20, 40), ("euler", 20, 40)]
+    assert 0 < result["after"][3]["histogram"] < 1 and result["after"][3]["histogram_floor"] > 0
     assert (first["features"], first["sampler"], first["num"]) == ("tiny2", "flow", 200)
     judged = fid.evaluate(models.load(str(tmp_path / "o" / "ckpt.pt")), [fid.feature_net("tiny2")], fid.real_summaries(
         "tiny", [fid.feature_net("tiny2")], "report", 50, 300), 200, steps=4, num_prdc=50)["tiny2"]
@@ -1437,6 +1440,11 @@ def test_fid_as_typed(tmp_path):
     result = json.load(open(tmp_path / "f.json"))
     assert {"fid", "kid", "precision", "recall", "density", "coverage", "num", "features", "sampler", "steps", "seed"} \
         <= set(result) and result["num"] == 300
+    code, out, err = run(fid, "--num", "300", "--num_real=400", "--num_prdc=100", "--json", tmp_path / "f.json",
+                         "--features", "factors", "tiny2")
+    rows = [json.loads(line) for line in open(tmp_path / "f.json")]
+    assert code == 0 and [row["features"] for row in rows] == ["factors", "tiny2"] and rows[1] == result, err
+    assert out.count("FID ") == 2
     folder = make_folder(tmp_path / "f", 60, 0)
     assert run(fid, "--real", folder, "--stats", tmp_path / "r.npz", "--features=factors")[0] == 0
     code, out, err = run(fid, "--images", folder, "--real", tmp_path / "r.npz", "--features=factors",
@@ -1548,7 +1556,9 @@ def test_mistakes_end_in_one_line(tmp_path):
         (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"),
         (sample, ["--noise=-1"], 2, "negative"),
         (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"),
-        (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"),
+        (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"), (fid, ["--features", "tiny", "tiny"], 2, "different"),
+        (fid, ["--features", "tiny", "tiny2", "--stats=s.npz"], 2, "of one feature network"),
+        (fid, ["--features_path=x"], 2, "does nothing"),
         (fid, ["--real", tmp_path / "keys.npz"], 1, "mu and sigma"), (fid, ["--real", text], 2, "neither"),
         (models, ["--real", few, "--out=folder"], 2, ".pt"), (models, ["--only=vae"], 2, "choose"),
         (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"),
