@@ -968,9 +968,10 @@ def run(c, stop):
         step_away(c, model, plans)
         print0(f"stepped away from self-training after {time.time() - train_began:.0f} s")
     average, drawn, log = train(c, model, nets, real_train, plans, stop, stored)
+    train_seconds = time.time() - train_began
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
-        print0(f"{drawn} images in {time.time() - train_began:.0f} s: " + ", ".join(
+        print0(f"{drawn} images in {train_seconds:.0f} s: " + ", ".join(
             f"{phase} {s:.1f} s ({s / sum(log.phases.values()):.1%})" for phase, s in log.phases.items()))
     if not c.num:
         print0(f"wrote {os.path.join(c.out, 'ckpt.pt')} and log.jsonl")
@@ -984,7 +985,7 @@ def run(c, stop):
             keep = lambda rows: [{k: row[k] for k in KEYS} for row in rows]
             with whole(c.json) as f:
                 f.write(dumps(dict(before=keep(before), after=keep(after), seconds=time.time() - began,
-                                   images=drawn)).encode())
+                                   train_seconds=train_seconds, images=drawn)).encode())
     b, a = before[0], after[0]
     print0(f"FD {b['fid']:.3f} -> {a['fid']:.3f} ({b['features']}, {b['sampler']}, {b['steps']} steps, {c.num} images) "
            f"in {time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
