@@ -31,7 +31,7 @@ from models import (ASSETS, Config, Stop, announce, check_classes, configure, em
                     is_statistics, print0, read_checkpoint, save, setup, share_cores, stored_parts, whole,
                     writable, write)
 from reward import Moments, ReferenceSet, Stream, SumSet, covariance_root, distance_to_root, long_enough, standard_error
-from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
+from sample import NOISE, generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
 
 # -----------------------------------------------------------------------------
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
@@ -57,7 +57,7 @@ memory = 0.5 # weight of the past in the streaming moments, per iteration; raise
 # how images are drawn and judged
 sampler = "" # see sample.py; empty: euler for SiT, heun for EDM2
 steps = 0 # of the sampler; 0: 10, or 5 of heun, which evaluates twice
-noise = 1.0 # its noise level, if it has noise
+noise = 0.0 # its noise level, if it has noise; 0: 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 0: all
 guide = "" # weaker network to guide with instead (autoguidance)
@@ -533,7 +533,7 @@ def run(c):
     c["ckpt"] = paths[0]
     guided = load_guided(c, device)
     sampler_of = {"sit": "euler", "edm2": "heun"}[guided.family]
-    c = Config(c, sampler=c.sampler or sampler_of)
+    c = Config(c, sampler=c.sampler or sampler_of, noise=c.noise or NOISE[guided.family])
     c = Config(c, steps=c.steps or (5 if c.sampler == "heun" else 10))
     schedule(c.sampler, c.steps, c.noise, 0.0, guided.sigmas)
     check_classes(c.real, guided.num_classes)

@@ -7,7 +7,7 @@ paper, arXiv 2607.02291), or its first variation for every single image (--credi
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
 Three objectives learn from it. ppo is the paper's policy gradient through the noisy steps of the SDE. forward re-noises
 rewarded images, so that any sampler can draw them. pathwise, the default, follows the gradient of the first variation
-through the feature network and the sampler's last step: it learns fastest, and needs networks that have a gradient.
+through the feature network and the sampler's last steps: it learns fastest, and needs networks that have a gradient.
 With --neon=1 a run starts with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
@@ -58,8 +58,8 @@ resume = False # go on with the run in OUT; torchrun's restarts do so by themsel
 changed = False # resume although options differ from those of the run in OUT
 save_every = 10 # iterations between two states to resume from
 # what is drawn
-iters = 36 # rollouts, each with `epochs` updates
-batch = 1000 # images per rollout, over all ranks
+iters = 75 # rollouts, each with `epochs` updates
+batch = 480 # images per rollout, over all ranks
 sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
 steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
 noise = 0.0 # its noise level; 0: 0.5 for SiT, 0.7 for EDM2
@@ -92,7 +92,7 @@ objective = "pathwise" # pathwise: the reward's own gradient; forward: re-noised
 times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
-horizon = 1 # pathwise: steps of the sampler, the last ones, that the gradient passes
+horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 noisiest = 0.0 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs; 0: 0.5 SiT, 1 EDM2
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
