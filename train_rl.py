@@ -68,7 +68,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of the rollouts, in turn (not ppo); empty: flow euler for SiT, ancestral heun for EDM2
+rollout = [] # samplers of the rollouts, in turn (not ppo); flow-30: of 30 steps; empty: SDE, ODE, both of 3x the steps
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -100,7 +100,7 @@ beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
 grad_clip = 1.0 # bound on the gradient's norm (not pathwise)
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.1 # after an update the weights go this share (falling with lr) of the way back to the base: against drift
+pull = 0.07 # after an update the weights go this share (falling with lr) of the way back to the base: against drift
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -708,7 +708,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
         rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        row, finite, seconds = dict(it=it, sampler=course.plan.sampler), bool(features.isfinite().all()), []
+        row, finite, seconds = dict(it=it, sampler=c.rollout[it % len(c.rollout)]), bool(features.isfinite().all()), []
         if finite:
             advantages, reward = advantages_of(course.reward_of, features, labels, c, rng)
             if c.credit == "subset" and not c.refresh:
@@ -818,17 +818,20 @@ class Log:
         for phase, s in seconds.items():
             self.phases[phase] += s
         if "grad_norm" not in row:
-            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  skipped: features are not finite")
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:12s}  skipped: features are not finite")
         elif row["it"] % max(1, c.iters // 20) == 0 or row["it"] == c.iters - 1:
             kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
             distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
             checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
-            tqdm.write(f"{row['it']:5d}  {row['sampler']:9s}  {distance}  reward {row['reward']:+.1e} "
+            tqdm.write(f"{row['it']:5d}  {row['sampler']:12s}  {distance}  reward {row['reward']:+.1e} "
                        f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
                        f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
                        + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
-        if row["it"] == 0:
-            tqdm.write(f"first iteration {total:.1f} s: all {c.iters} in about {total * c.iters / 60:.1f} minutes")
+        first = len(c.rollout)              # each sampler once
+        if row["it"] + 1 == first:
+            total = sum(self.phases.values())
+            tqdm.write(f"first {first} iterations {total:.1f} s: all {c.iters} in about "
+                       f"{total * c.iters / first / 60:.1f} minutes")
 
 
 class Peak(TorchDispatchMode):
@@ -873,10 +876,11 @@ def activations(model, n, horizon=0, net=None):
     return counted.peak
 
 
-def memory_estimate(c, model, net, courses, world):
+def memory_estimate(c, model, net, plans, world):
     """Line for people: what a rank needs during training, in GB, known from sizes alone."""
     weights = sum(p.numel() for p in model.model.parameters())
-    rollout = 2 * (c.steps + 1) * (c.batch // world) * math.prod(model.shape)           # states and velocities
+    courses, steps = len(plans), max(len(plan.t) for plan in plans.values())
+    rollout = 2 * (steps + 1) * (c.batch // world) * math.prod(model.shape)             # states and velocities
     parts = {"weights": weights, "their average": weights, "base": weights * (c.pull > 0), "undo": weights,
              "gradients": weights, "Adam": 2 * courses * weights, "rollout": rollout,
              "moments": 2 * (2 + courses) * net.dim**2}
@@ -907,8 +911,14 @@ def run(c, stop):
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout", "lr", "noisiest")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
+    if "rollout" not in given:              # a third of the step size too, or other numbers of steps gain less
+        c["rollout"] = c.rollout + [f"{name}-{3 * steps_of(name)}" for name in c.rollout]
     c["rollout"] = [c.sampler] if c.objective == "ppo" else c.rollout
-    plans = {name: schedule(name, steps_of(name), c.noise, last_of(name), model.sigmas) for name in c.rollout}
+    plans = {}
+    for name in c.rollout:
+        kind, _, number = name.rpartition("-")
+        kind, steps = (kind, int(number)) if number.isdigit() else (name, steps_of(name))
+        plans[name] = schedule(kind, steps, c.noise, last_of(name), model.sigmas)
     if c.objective == "ppo" and not len(plans[c.sampler].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     fewest = min(len(plan.t) for plan in plans.values())
@@ -937,7 +947,7 @@ def run(c, stop):
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
            f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
-           + memory_estimate(c, model, nets, len(plans), world))
+           + memory_estimate(c, model, nets, plans, world))
 
     # Judge the base first: if the real data do not fit, better to know before training.
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
