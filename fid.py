@@ -384,7 +384,7 @@ def read_statistics(path, net, device="cpu"):
         fail(f"{path} describes {mu.numel()}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
     if digest and net.hash and digest != net.hash:
         fail(f"{path} was made with other weights of {name} (sha256 {digest[:8]}.., these are {net.hash[:8]}..): "
-             "make it again with --stats, or name the old weights with --features_path", code=1)
+             "make it again with --stats" + ", or name the old ones with --features_path" * (name in WEIGHTS), code=1)
     if not (mu.isfinite().all() and cov.isfinite().all()):
         fail(f"{path} holds NaN or infinite values", code=1)
     if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
@@ -544,7 +544,9 @@ def npz_images(path, num, size):
 def images_summaries(images, num, num_prdc, nets, device):
     """{net.name: Summary} of the images in a folder, a zip or an .npz: the first num, or all (0)."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    size = next((net.size for net in nets if net.size), None)
+    size, *others = {net.size for net in nets}
+    if others:
+        fail(f"features of {' and '.join(net.name for net in nets)} need images of different sizes: name one at a time")
     if images.endswith(".npz"):
         batches = npz_images(images, num, size)
     else:

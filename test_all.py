@@ -805,7 +805,8 @@ def test_memory_of_the_papers_run():
     model = sample.Guided(model.to_empty(device="cpu"))                 # memory that is never touched
     command, = re.findall(r"-- train_rl.py (.*SiT-XL.*)", open(os.path.join(ROOT, "README.md")).read())
     c = models.configure(dict(vars(train_rl)), command.split())
-    said = train_rl.memory_estimate(c, model, types.SimpleNamespace(dim=2048), 1, 8)
+    said = train_rl.memory_estimate(c, model, types.SimpleNamespace(dim=2048),
+                                    {c.sampler: sample.schedule(c.sampler, 50)}, 8)
     (total, most), = re.findall(r"per rank (\S+) GB.*activations ([\d.]+)", said)
     assert sum(p.numel() for p in model.parameters()) > 675e6 and 20 < float(total) < 30 and 9 < float(most) < 11, said
 
@@ -1036,7 +1037,7 @@ def test_folder_and_zip_are_the_same(tmp_path):
 def test_each_course_redraws_its_own_reference_set(tmp_path):
     quick = [o for o in QUICK if not o.startswith(("--iters", "--num="))]
     code, _, err = run(train_rl, *quick, "--iters=5", "--objective=forward", "--credit=subset", "--subset=10",
-                       "--refresh=2", "--num=0", "--out", tmp_path)
+                       "--refresh=2", "--rollout=flow,euler", "--num=0", "--out", tmp_path)
     assert code == 0, err
     images = [json.loads(line)["images"] for line in open(tmp_path / "log.jsonl")]
     # Iterations 0 2 4 are on flow, 1 3 on euler: flow redraws 200 images at its third turn, euler has two only.
@@ -1380,7 +1381,7 @@ def test_train_rl_as_typed(tmp_path):
         "rollout", "reward", "update", "guard"}
     assert "memory is raised to 0.45455" in out, "120 images a rollout alone are not enough in 64 dimensions"
     result = json.load(open(tmp_path / "r.json"))
-    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 2 * 50 + 2 * 200 + 2 * 120
+    assert {"before", "after", "seconds", "images"} <= set(result) and result["images"] == 4 * 50 + 4 * 200 + 2 * 120
     first = result["after"][0]
     assert {"features", "sampler", "steps", "num", "fid", "fid_se", "floor", "precision", "recall", "coverage"} \
         <= set(first)
@@ -1742,7 +1743,11 @@ BAD_OPTIONS = [
     ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
     ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
     ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
-    ("train_rl", "--steps=0", "at least 2"), ("train_rl", "--save_every=0", "at least"),
+    ("train_rl", "--steps=0", "at least 2"), ("train_rl", "--rollout=ddim-30", "unknown sampler 'ddim'"),
+    ("train_rl", "--rollout=flow-1", "at least 2"), ("train_rl", "--rollout=30", "unknown sampler '30'"),
+    ("train_rl", "--rollout=-30", "unknown sampler '-30'"), ("train_rl", "--sampler=flow-30", "unknown sampler"),
+    ("train_rl", "--horizon=3", "1 to 2"), ("train_rl", "--rollout=ancestral", "no sampler of this network"),
+    ("train_rl", "--save_every=0", "at least"),
     ("sample", "--cfg_channels=4", "cfg_channels"), ("sample", "--out=/dev/null/\n\x1b[2J", "null/??[2J"),
 ]
 
@@ -1987,7 +1992,7 @@ def test_two_ranks_are_one(one_rank, ranked, credit):
     logs = [[json.loads(line) for line in open(out / "log.jsonl")] for out in outs]
     assert len(logs[0]) == len(logs[1]) == 3
     for a, b in zip(*logs):
-        assert math.isclose(a["fd"], b["fd"], rel_tol=1e-5) and a["images"] == b["images"]
+        assert math.isclose(a["fd"], b["fd"], rel_tol=1e-4) and a["images"] == b["images"]
     # A pixel that is rounded to the other side turns Adam's step around where the gradient is next to nothing.
     one, two, base = (torch.cat([p.flatten() for p in models.load(path).parameters()])
                       for path in (*(str(out / "ckpt.pt") for out in outs), ""))
@@ -2331,7 +2336,7 @@ def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
     base = random_edm2(tmp_path / "edm2-tiny.pt", model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
     argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=2", "--save_every=1"]
     assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
-    killed_at(4, [*argv, "--out", tmp_path / "b"])
+    killed_at(6, [*argv, "--out", tmp_path / "b"])              # its second rollout, after four reference sets
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
     assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
     code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20",
@@ -2648,7 +2653,7 @@ def left(out):
 def test_resumed_is_uninterrupted(tmp_path, options):
     whole, broken = ([*SHORT, *options, "--out", tmp_path / k] for k in "wb")
     assert run(train_rl, *whole)[0] == 0
-    for rollout in (1, 6, 3):
+    for rollout in (1, 8, 3):
         killed_at(rollout, [*broken, "--resume"])
     code, out, err = run(train_rl, *broken, "--resume")
     assert code == 0 and "resumed at iteration" in out, err
@@ -2666,6 +2671,8 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     code, line = mistakes(train_rl, *argv, "--resume", "--lr=1e-3")
     assert code == 2 and "lr=0.0001, now 0.001" in line and "--changed" in line
     assert run(train_rl, *argv, "--resume", "--changed", "--iters=7")[0] == 0
+    code, line = mistakes(train_rl, *argv, "--resume", "--changed", "--rollout=flow")
+    assert code == 2 and "has rollouts by flow euler flow-9 euler-9, now by flow" in line
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
     (tmp_path / "log.jsonl").write_text("")
     assert "shorter" in mistakes(train_rl, *argv, "--iters=7", "--resume")[1]

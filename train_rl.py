@@ -68,7 +68,7 @@ cfg = 1.0 # guidance scale; 1: none
 cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
 guidance = 1.4 # its scale
-rollout = [] # samplers of the rollouts, in turn (not ppo); flow-30: of 30 steps; empty: SDE, ODE, both of 3x the steps
+rollout = [] # samplers of the rollouts, in turn (not ppo); flow-30: of 30 steps; empty: SDE, ODE, both at 3x STEPS too
 batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
@@ -331,7 +331,10 @@ def forward_loss(model, part, old, proximal):
 
 
 def pathwise_pairs(states, velocities, labels, plan, horizon):
-    """Where each image's last `horizon` steps begin, and the noise of these steps. A dict as ppo_pairs'."""
+    """
+    Where each image's last `horizon` steps begin, and the noise of these steps, to which a corrector (heun) counts. A
+    dict as ppo_pairs'.
+    """
     K = len(plan.t)
     noise = [states[k + 1] - gaussian_step(plan, k, states[k], velocities[k])[0] for k in range(K - horizon, K)]
     return dict(x=states[K - horizon], noise=torch.stack(noise, dim=1), y=labels)
@@ -432,7 +435,8 @@ def judge_model(model, nets, real, floors, samplers, c):
         for net in nets:
             kept = found[net.name]["kept"]
             labels = torch.arange(len(kept), device=images.device) % model.num_classes
-            histogram = histogram_distance(real[net.name].features, kept) if net.name == "factors" else None
+            known = real[net.name].features if net.name == "factors" else None
+            histogram = None if known is None else histogram_distance(known, kept)
             rows.append(dict(found[net.name], labels=labels, histogram=histogram, **floors[num][net.name]))
     return rows, images
 
@@ -453,8 +457,8 @@ def floors_of(c, judges, real, num, device, size):
 
 def table(before, after):
     """Lines for people: every row before and after, on the same noise and labels; +- is one standard error."""
-    lines = [f"{'sampler':>9s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>17s} {'floor':>7s} "
-             f"{'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
+    lines = [f"{'sampler':>9s} {'images':>6s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>17s} "
+             f"{'floor':>7s} {'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
 
     def with_error(value, error):
         return f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
@@ -467,7 +471,7 @@ def table(before, after):
         if b["floor"] is not None and b["fid"] > b["floor"]:
             floor, down = f"{b['floor']:.3f}", f"{1 - (a['fid'] - b['floor']) / (b['fid'] - b['floor']):.0%}"
         both = ["-" if b[k] is None else f"{b[k]:.3f} {a[k]:.3f}" for k in ("precision", "recall", "coverage")]
-        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>9s} {b['features']:8s} "
+        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>9s} {b['num']:6d} {b['features']:8s} "
                      f"{with_error(b['fid'], b['fid_se']):>17s} {with_error(a['fid'], a['fid_se']):>17s} "
                      f"{with_error(a['fid'] - b['fid'], paired):>17s} {floor:>7s} {down:>5s} "
                      + " ".join(f"{x:>13s}" for x in both))
@@ -482,8 +486,9 @@ def histograms(before, after):
         if b["features"] == "pixels" and b["kid"] is not None:
             lines.append(f"{name}: KID on raw pixels {b['kid']:.4f} -> {a['kid']:.4f}")
         if b["histogram"] is not None:
+            floor = "" if b["histogram_floor"] is None else f" (floor {b['histogram_floor']:.4f})"
             lines.append(f"{name}: histograms of the factors differ from real by {b['histogram']:.4f} -> "
-                         f"{a['histogram']:.4f}" + (f" (floor {b['histogram_floor']:.4f})" if b["floor"] else ""))
+                         f"{a['histogram']:.4f}{floor}")
     return "".join(line + "\n" for line in lines)
 
 
@@ -578,6 +583,14 @@ def step_away(c, model, plans):
         save(path, model.model, config=of_the_run(c))
 
 
+def rollout_plan(c, name, steps_of, sigmas):
+    """Schedule of the rollouts `name`: a sampler, with `steps` or with a number of its own (flow-30)."""
+    kind, _, number = name.rpartition("-")
+    kind, steps = (kind, int(number)) if kind and number.isdecimal() else (name, steps_of(name))
+    last = c.last * steps_of(kind) / steps if kind == c.sampler else 0.0    # as judge_model: a share of a step
+    return schedule(kind, steps, c.noise, last, sigmas)
+
+
 class Course(NamedTuple):
     """What an iteration does: the sampler of its rollouts, and the state that belongs to it."""
     plan: Schedule
@@ -665,25 +678,28 @@ def train(c, model, nets, real, plans, stop, stored=None):
         fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
     blank = torch.zeros(count, nets.dim, device=device), torch.arange(count, device=device)
     used = len(plans) * c.neon_images if c.neon else 0
-    courses = [begin(c, plan, *(blank if state or not count else draw(used + i * count, plan)), stored, real, nets,
-                     params) for i, plan in enumerate(plans.values())]
+    courses = {name: begin(c, plan, *(blank if state or not count else draw(used + i * count, plan)), stored, real,
+                           nets, params) for i, (name, plan) in enumerate(plans.items())}
     average = copy.deepcopy(model)
     base_params = [p.detach().clone() for p in params] if c.pull else []
     average_params = [p for p in average.parameters() if p.requires_grad]
-    at = dict(it=0, drawn=used + len(courses) * count, turns=[0] * len(courses), skipped=0, in_a_row=0, log=0)
+    at = dict(it=0, drawn=used + len(courses) * count, turns=dict.fromkeys(courses, 0), skipped=0, in_a_row=0, log=0)
     if state:
         at = state["at"]
         model.model.load_state_dict(state["model"])
         average.model.load_state_dict(state["average"])
-        for course, kept in zip(courses, state["courses"]):
-            course.optimizer.load_state_dict(kept["optimizer"])
-            course.reward_of.load_state_dict(kept["reward"])
+        if set(courses) != set(state["courses"]):
+            fail(f"{c.out} has rollouts by {' '.join(state['courses'])}, now by {' '.join(courses)}; each has "
+                 "its own reference set and optimizer: resume with the same, or start in another folder")
+        for name, kept in state["courses"].items():
+            courses[name].optimizer.load_state_dict(kept["optimizer"])
+            courses[name].reward_of.load_state_dict(kept["reward"])
         print0(f"resumed at iteration {at['it']}")
     log = Log(c.out, at["log"]) if rank == 0 else None
 
     def keep():
-        parts = [dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict())
-                 for course in courses]
+        parts = {name: dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict())
+                 for name, course in courses.items()}
         if rank == 0:
             at["log"] = log.position()
             write(os.path.join(c.out, "state.pt"), dict(config=of_the_run(c), at=at, model=model.model.state_dict(),
@@ -692,12 +708,12 @@ def train(c, model, nets, real, plans, stop, stored=None):
     stop.patient = True
     for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
         clock = [time.perf_counter()]
-        turn = list(plans).index(c.rollout[it % len(c.rollout)])
-        course = courses[turn]
-        if c.refresh and at["turns"][turn] and at["turns"][turn] % c.refresh == 0:
+        name = c.rollout[it % len(c.rollout)]
+        course = courses[name]
+        if c.refresh and at["turns"][name] and at["turns"][name] % c.refresh == 0:
             course.reward_of.push(*draw(at["drawn"], course.plan))
             at["drawn"] += c.reference
-        at["turns"][turn] += 1
+        at["turns"][name] += 1
 
         # Every rank draws its share, and sees the features of all.
         indices = torch.arange(at["drawn"], at["drawn"] + c.batch)
@@ -708,7 +724,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         clock.append(time.perf_counter())
         features = gather(nets(decode(model, states[-1])), c.batch)
         rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        row, finite, seconds = dict(it=it, sampler=c.rollout[it % len(c.rollout)]), bool(features.isfinite().all()), []
+        row, finite, seconds = dict(it=it, sampler=name), bool(features.isfinite().all()), []
         if finite:
             advantages, reward = advantages_of(course.reward_of, features, labels, c, rng)
             if c.credit == "subset" and not c.refresh:
@@ -789,7 +805,7 @@ class Log:
     in bytes), and OUT/times.jsonl, which is not. Every twentieth line is shown.
     """
     def __init__(self, out, position):
-        self.path, self.phases = os.path.join(out, "log.jsonl"), defaultdict(float)
+        self.path, self.phases, self.rows = os.path.join(out, "log.jsonl"), defaultdict(float), 0
         try:
             self.file = open(self.path, "r+b" if position else "wb")
             self.times = open(os.path.join(out, "times.jsonl"), "a" if position else "w")
@@ -827,11 +843,12 @@ class Log:
                        f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
                        f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
                        + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
-        first = len(c.rollout)              # each sampler once
-        if row["it"] + 1 == first:
+        self.rows += 1
+        left = c.iters - row["it"] - 1
+        if self.rows == len(c.rollout) and left:                            # each sampler once
             total = sum(self.phases.values())
-            tqdm.write(f"first {first} iterations {total:.1f} s: all {c.iters} in about "
-                       f"{total * c.iters / first / 60:.1f} minutes")
+            tqdm.write(f"{self.rows} iterations took {total:.1f} s: {left} more in about "
+                       f"{total * left / self.rows / 60:.1f} minutes")
 
 
 class Peak(TorchDispatchMode):
@@ -908,20 +925,18 @@ def run(c, stop):
     check(c, world)
     model = load_guided(c, device)
     own, given = FAMILIES[model.family], c.given
-    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "rollout", "lr", "noisiest")})
+    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr", "noisiest")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
-    last_of = lambda sampler: c.last if sampler == c.sampler else 0.0
-    if "rollout" not in given:              # a third of the step size too, or other numbers of steps gain less
-        c["rollout"] = c.rollout + [f"{name}-{3 * steps_of(name)}" for name in c.rollout]
-    c["rollout"] = [c.sampler] if c.objective == "ppo" else c.rollout
-    plans = {}
-    for name in c.rollout:
-        kind, _, number = name.rpartition("-")
-        kind, steps = (kind, int(number)) if number.isdigit() else (name, steps_of(name))
-        plans[name] = schedule(kind, steps, c.noise, last_of(name), model.sigmas)
+    plans = {c.sampler: schedule(c.sampler, steps_of(c.sampler), c.noise, c.last, model.sigmas)}
+    if c.objective == "ppo":
+        c["rollout"] = [c.sampler]
+    else:                                   # a third of the step size too, or other numbers of steps gain less
+        c["rollout"] = c.rollout or own["rollout"] + [f"{name}-{3 * steps_of(name)}" for name in own["rollout"]]
+        plans = {name: rollout_plan(c, name, steps_of, model.sigmas) for name in c.rollout}
     if c.objective == "ppo" and not len(plans[c.sampler].noisy):
         fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
     fewest = min(len(plan.t) for plan in plans.values())
+    c["horizon"] = c.horizon if "horizon" in given else min(c.horizon, fewest)
     if c.objective == "pathwise" and not 1 <= c.horizon <= fewest:
         fail(f"horizon {c.horizon}: needed is 1 to {fewest}, the sampler's steps")
     check_classes(c.real, model.num_classes)
@@ -964,7 +979,8 @@ def run(c, stop):
             samplers += [(name, 5 * steps, max(2 * world, c.num // 5)) for name, steps, _ in samplers]
         samplers = list(dict.fromkeys(samplers))
         real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
-        floors = {num: floors_of(c, judges, real_report, num, device, size) for _, _, num in samplers}
+        floors = {num: floors_of(c, judges, real_report, num, device, size)
+                  for num in dict.fromkeys(num for _, _, num in samplers)}
         before = judged_before(c)
         if before is None:
             before, images = judge_model(model, judges, real_report, floors, samplers, c)
