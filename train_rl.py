@@ -93,14 +93,14 @@ times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of eac
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
-noisiest = 0.0 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs; 0: 0.5 SiT, 1 EDM2
+noisiest = 0.5 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs
 proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
 grad_clip = 1.0 # bound on the gradient's norm (not pathwise)
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.14 # after an update weights go this share (falls with lr) back to the base; less: lower FD, less precision
+pull = 0.07 # after an update weights go this share (falls with lr) back to the base; less: lower FD, less precision
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -115,10 +115,9 @@ eval_full = False # also evaluate a fifth of the images with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4,
-                    noisiest=0.5),
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
-                     lr=1e-3, noisiest=1.0)}
+                     lr=1e-3)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -519,9 +518,9 @@ def check(c, world):
     if c.num and c.num < 2 * world:
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
     shares = [c[name] for name in ("memory", "ema", "pull", "beta1")]
-    if not (0 < c.top <= 1 and 0 <= c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
+    if not (0 < c.top <= 1 and 0 < c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
         fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull} and beta1 {c.beta1} must lie in [0, 1), "
-             f"top {c.top} in (0, 1], noisiest {c.noisiest} in [0, 1]")
+             f"top {c.top} and noisiest {c.noisiest} in (0, 1]")
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
@@ -925,7 +924,7 @@ def run(c, stop):
     check(c, world)
     model = load_guided(c, device)
     own, given = FAMILIES[model.family], c.given
-    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr", "noisiest")})
+    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     plans = {c.sampler: schedule(c.sampler, steps_of(c.sampler), c.noise, c.last, model.sigmas)}
     if c.objective == "ppo":
