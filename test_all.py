@@ -1030,6 +1030,9 @@ def test_folder_and_zip_are_the_same(tmp_path):
     assert a.shape == (30, 3, 16, 16) and a.dtype == torch.uint8 and torch.equal(a, b)
     classes, labels = models.image_classes(folder, models.list_images(folder)[0])
     assert classes == ["class0", "class1"] and labels.sum() == 15
+    sized = [types.SimpleNamespace(name=name, size=size) for name, size in (("tiny", 16), ("inception", None))]
+    code, _, err = run(types.SimpleNamespace(main=lambda argv: fid.images_summaries(folder, 0, 10, sized, "cpu")))
+    assert code == 2 and "different sizes" in err
     parts = [torch.cat(list(models.image_batches(folder, 16, k, 2))) for k in (0, 1)]
     assert torch.equal(parts[0], a[::2]) and torch.equal(parts[1], a[1::2]), "halves share no image"
 
