@@ -1743,6 +1743,7 @@ BAD_OPTIONS = [
     ("train_rl", "--ema=1", "[0, 1)"), ("train_rl", "--times=-1", "at least"), ("train_rl", "--lr=-1", "more than 0"),
     ("train_rl", "--features=tiny,tiny", "different"), ("train_rl", "--iters=0", "at least"),
     ("train_rl", "--neon=-1", "negative"), ("train_rl", "--neon_images=9", "does nothing"),
+    ("train_rl", "--rejection=1", "rejection 1"),
     ("train_rl", "--last=3", "between 0 and 1"), ("train_rl", "--noise=-1", "negative"),
     ("train_rl", "--out=/dev/null", "cannot write"), ("train_rl", "--out=" + "x" * 300, "cannot write"),
     ("train_rl", "--moments=none.npz", "no statistics"), ("train_rl", "--cfg_channels=-1", "cfg_channels"),
@@ -2662,6 +2663,29 @@ def test_resumed_is_uninterrupted(tmp_path, options):
     assert code == 0 and "resumed at iteration" in out, err
     for name, found in left(tmp_path / "b").items():
         assert found == left(tmp_path / "w")[name], name
+
+
+def test_a_run_starts_with_rejection(tmp_path):
+    """
+    The first share of a pathwise run is the forward objective on the best quarter, to the bit; the gradient then starts
+    afresh, and is pulled to the weights of that start and not to the base.
+    """
+    short = [*SHORT, "--iters=4", "--rollout=euler"]
+    only = ["--objective=forward", "--advantage=rejection", "--top=0.25", "--offset=0", "--pull=0"]
+    drawn = {}
+    for name, options in dict(forward=only, half=["--rejection=0.5"], strong=["--rejection=0.5", "--pull=0.999"],
+                              none=["--rejection=0", "--pull=0.999"]).items():
+        code, _, err = run(train_rl, *short, *options, "--out", tmp_path / name)
+        assert code == 0, err
+        drawn[name] = [torch.load(tmp_path / name / file, weights_only=True)
+                       for file in ("state.previous.pt", "state.pt")]               # after 2 iterations and after 4
+    flat = lambda weights: torch.cat([x.flatten() for x in weights.values()])
+    forward, half, strong, none = ([flat(state["model"]) for state in drawn[k]] for k in drawn)
+    assert torch.equal(forward[0], half[0]) and not torch.equal(forward[1], half[1])
+    adam = drawn["half"][1]["courses"]["euler"]["optimizer"]["state"]
+    assert {x["step"].item() for x in adam.values()} == {2.0}                       # of its 4 updates
+    start = flat(drawn["strong"][0]["average"])
+    assert (strong[1] - start).norm() < 0.5 * (start - none[1]).norm()              # where each is pulled to
 
 
 def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
