@@ -1401,14 +1401,15 @@ def test_train_rl_as_typed(tmp_path):
     ["--objective=ppo"], ["--objective=forward", "--credit=subset", "--subset=10"],
     ["--objective=forward", "--credit=subset", "--subset=10", "--refresh=1", "--top=0.5"],
     ["--objective=forward", "--rollout=flow", "--times=3"], ["--objective=forward", "--advantage=constant"],
-    ["--objective=forward", "--top=0.3"], ["--horizon=2"], ["--rollout=flow", "--reward=mmd"],
+    ["--objective=forward", "--top=0.3"], ["--horizon=2", "--rejection=0"], ["--rollout=flow", "--reward=mmd"],
+    ["--rejection=0.5", "--epochs=2", "--times=1"], ["--rejection=0.5", "--reward=kid", "--features=tiny,tiny2"],
     ["--objective=forward", "--advantage=rejection", "--top=0.3"],
     ["--objective=forward", "--advantage=random", "--offset=-0.5"],
     ["--objective=ppo", "--reward=mmd", "--credit=subset", "--subset=10"], ["--objective=forward", "--reward=sample"],
     ["--features=tiny,tiny2"], ["--reward=kid", "--features=tiny,tiny2", "--steps=3"],
     ["--objective=forward", "--features=tiny,tiny2", "--credit=subset", "--subset=10", "--refresh=1"],
     ["--epochs=2", "--times=0", "--cosine", "--objective=ppo"],
-    ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing"],
+    ["--sampler=sigma", "--cfg=1.5", "--micro_batch=33", "--checkpointing", "--rejection=0.5"],
     ["--objective=forward", "--kl_limit=1e-6"]])
 def test_train_rl_variants(tmp_path, options):
     code, out, err = run(train_rl, *QUICK, "--num=0", "--out", tmp_path, *options)
@@ -1538,6 +1539,8 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--judges="], 2, "at least one"),
         (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
+        (train_rl, ["--rejection=0", "--noisiest=0.3"], 2, "nothing with --rejection=0"),
+        (train_rl, ["--rejection=0.001"], 2, "0 of 75"), (train_rl, ["--rejection=0.9", "--iters=4"], 2, "4 of 4"),
         (train_rl, ["--objective=forward", "--reward=sample", "--credit=subset"], 2, "an image's own"),
         (train_rl, ["--objective=forward", "--reward=sample", "--features=pixels"], 2, "no classifier"),
         (train_rl, ["--reward=sample"], 2, "add --objective=forward"), (train_rl, ["--offset=0"], 2, "or add"),
@@ -2338,7 +2341,7 @@ def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
     """--ckpt=edm2-tiny by its name, killed and resumed bit for bit; the base and what came of it are merged."""
     monkeypatch.setattr(models, "ASSETS", str(tmp_path))
     base = random_edm2(tmp_path / "edm2-tiny.pt", model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
-    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=2", "--save_every=1"]
+    argv = [*SHORT, "--ckpt=edm2-tiny", "--iters=2", "--save_every=1", "--rejection=0.5"]
     assert run(train_rl, *argv, "--out", tmp_path / "w")[0] == 0
     killed_at(6, [*argv, "--out", tmp_path / "b"])              # its second rollout, after four reference sets
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
@@ -2651,7 +2654,8 @@ def left(out):
     return {name: (out / name).read_bytes() for name in ("log.jsonl", "ckpt.pt")}
 
 
-@pytest.mark.parametrize("options", [[], ["--credit=subset", "--subset=10", "--refresh=2", "--objective=ppo"],
+@pytest.mark.parametrize("options", [[], ["--rejection=0.5"],
+                                     ["--credit=subset", "--subset=10", "--refresh=2", "--objective=ppo"],
                                      ["--objective=forward", "--credit=subset", "--subset=10", "--features=tiny,tiny2"],
                                      ["--objective=forward", "--reward=kid", "--epochs=2", "--num_prdc=60"]])
 def test_resumed_is_uninterrupted(tmp_path, options):

@@ -7,9 +7,9 @@ paper, arXiv 2607.02291), or its first variation for every single image (--credi
 mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
 Three objectives learn from it. ppo is the paper's policy gradient through the noisy steps of the SDE. forward re-noises
 rewarded images, so that any sampler can draw them. pathwise, the default, follows the gradient of the first variation
-through the feature network and the sampler's last steps: it learns fastest, and needs networks that have a gradient. It starts
-with rejection sampling, a few iterations that draw the best quarter of the images again: that is what keeps precision.
-With --neon=1 a run starts with a step away from self-training (Neon, arXiv 2510.03597), which needs no reward.
+through the feature network and the sampler's last steps: it learns fastest, and needs networks that have a gradient. It
+starts with rejection sampling, a few iterations that learn to draw the best quarter of the images again: that keeps
+precision. With --neon=1 a run first steps away from self-training (Neon, arXiv 2510.03597), which needs no reward.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
@@ -90,19 +90,19 @@ bound = 5.0 # advantages are bounded to so many standard deviations
 neon = 0.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
 neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
 objective = "pathwise" # pathwise: the reward's own gradient; forward: re-noised clean images; ppo: policy gradient
-times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward) of each image that are trained on
+times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward, rejection) of each image that are trained on
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
 rejection = 0.13 # pathwise: in this share of the iterations, the first, learn to draw the best quarter: for precision
-noisiest = 0.5 # forward: re-noise only to this share of the times, the noisiest, see forward_pairs
-proximal = 1.0 # forward: weight of |v - v_old|^2; acts only if epochs > 1
+noisiest = 0.5 # forward, rejection: re-noise only to this share of the times, the noisiest, see forward_pairs
+proximal = 1.0 # forward, rejection: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
-grad_clip = 1.0 # bound on the gradient's norm (not pathwise)
+grad_clip = 1.0 # bound on the gradient's norm (not on pathwise's own)
 kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.1 # after an update weights go this share (falls with lr) back to the base; less: lower FD, less precision
+pull = 0.1 # after an update weights go this share (falls with lr) back to base or rejection; less: lower FD, precision
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
@@ -523,6 +523,9 @@ def check(c, world):
     if not (0 < c.top <= 1 and 0 < c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
         fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull}, beta1 {c.beta1} and rejection {c.rejection} must lie in "
              f"[0, 1), top {c.top} and noisiest {c.noisiest} in (0, 1]")
+    first = round(c.rejection * c.iters)
+    if c.rejection and "rejection" in c.given and not 0 < first < c.iters:
+        fail(f"rejection {c.rejection} is {first} of {c.iters} iterations: needed is 0, or at least one and not all")
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
@@ -554,9 +557,10 @@ def check(c, world):
             "credit=subset": ("memory", "moments", "offset"), "moments": ("reference",),
             "objective=ppo": ("proximal", "rollout", "offset", "horizon", "rejection", "noisiest"),
             "objective=forward": ("clip", "horizon", "rejection"),
-            "objective=pathwise": ("proximal", "offset", "clip", "times", "noisiest", "top", "advantage", "bound",
-                                   "grad_clip")}
+            "objective=pathwise": ("offset", "clip", "top", "advantage", "bound"),
+            "rejection=0": ("proximal", "times", "noisiest", "grad_clip")}
     chosen = [f"{name}={c[name]}" for name in ("reward", "credit", "objective")] + ["moments"] * bool(c.moments)
+    chosen += ["rejection=0"] * (c.objective == "pathwise" and c.rejection == 0)
     for where in chosen:
         for name in set(idle.get(where, ())) & set(c.given):
             other = ", or add --objective=forward" if where == "objective=pathwise" else ""
@@ -682,16 +686,18 @@ def train(c, model, nets, real, plans, stop, stored=None):
     courses = {name: begin(c, plan, *(blank if state or not count else draw(used + i * count, plan)), stored, real,
                            nets, params) for i, (name, plan) in enumerate(plans.items())}
     average = copy.deepcopy(model)
-    base_params = [p.detach().clone() for p in params] if c.pull else []
     rejecting = Config(c, objective="forward", advantage="rejection", top=0.25, offset=0.0, pull=0.0)
     first = round(c.rejection * c.iters) if c.objective == "pathwise" else 0
+    base_params = [p.detach().clone() for p in params] if c.pull or first else []
     average_params = [p for p in average.parameters() if p.requires_grad]
-    at = dict(it=0, drawn=used + len(courses) * count, turns=dict.fromkeys(courses, 0), skipped=0, in_a_row=0, log=0)
+    at = dict(it=0, drawn=used + len(courses) * count, turns=dict.fromkeys(courses, 0), skipped=0, in_a_row=0, log=0,
+              first=first)
     if state:
         at = state["at"]
+        first = at.setdefault("first", 0)   # as the run began, whatever --changed says now
         model.model.load_state_dict(state["model"])
         average.model.load_state_dict(state["average"])
-        if c.pull and state.get("base"):
+        if first and base_params:
             torch._foreach_copy_(base_params, state["base"])
         if set(courses) != set(state["courses"]):
             fail(f"{c.out} has rollouts by {' '.join(state['courses'])}, now by {' '.join(courses)}; each has "
@@ -708,7 +714,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         if rank == 0:
             at["log"] = log.position()
             write(os.path.join(c.out, "state.pt"), dict(config=of_the_run(c), at=at, model=model.model.state_dict(),
-                  average=average.model.state_dict(), base=base_params, courses=parts),
+                  average=average.model.state_dict(), base=base_params if first else [], courses=parts),
                   previous=os.path.join(c.out, "state.previous.pt"))
 
     stop.patient = True
@@ -716,7 +722,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
         clock = [time.perf_counter()]
         now = rejecting if it < first else c
         if it == first > 0:                 # the gradient starts afresh, and is pulled back to what rejection has made
-            if c.pull:
+            if base_params:
                 torch._foreach_copy_(base_params, [p.detach() for p in average_params])
             for course in courses.values():
                 course.optimizer.state.clear()
