@@ -2346,6 +2346,9 @@ def test_edm2_tiny_is_an_asset_that_resumes_and_merges(tmp_path, monkeypatch):
     killed_at(6, [*argv, "--out", tmp_path / "b"])              # its second rollout, after four reference sets
     code, out, err = run(train_rl, *argv, "--out", tmp_path / "b", "--resume")
     assert code == 0 and "resumed at iteration" in out and left(tmp_path / "b") == left(tmp_path / "w"), err
+    assert run(train_rl, *argv[:-1], "--iters=4", "--out", tmp_path / "n")[0] == 0              # of its own: none
+    first = [torch.load(tmp_path / k / "state.pt", weights_only=True)["at"]["first"] for k in "wn"]
+    assert first == [1, 0]
     code, out, err = run(merge_rl, "--ckpts", "edm2-tiny", tmp_path / "w" / "ckpt.pt", "--per=stage", "--images=20",
                          "--pairs=1", "--reference=80", "--budget=120", "--steps=2", "--judges=tiny", "--num=20",
                          "--num_real=60", "--out", tmp_path / "m")

@@ -94,7 +94,7 @@ times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward, reject
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
-rejection = 0.13 # pathwise: in this share of the iterations, the first, learn to draw the best quarter: for precision
+rejection = 0.13 # pathwise: this share of the iterations, the first, learns to draw the best quarter; EDM2's own is 0
 noisiest = 0.5 # forward, rejection: re-noise only to this share of the times, the noisiest, see forward_pairs
 proximal = 1.0 # forward, rejection: weight of |v - v_old|^2; acts only if epochs > 1
 lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
@@ -119,7 +119,7 @@ eval_full = False # also evaluate a fifth of the images with 5 times the steps
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
 FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
-                     lr=1e-3)}
+                     lr=1e-3, rejection=0.0)}
 
 
 # ---- Rollout --------------------------------------------------------------------------------------------------------
@@ -946,6 +946,7 @@ def run(c, stop):
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     plans = {c.sampler: schedule(c.sampler, steps_of(c.sampler), c.noise, c.last, model.sigmas)}
+    c["rejection"] = c.rejection if "rejection" in given else own.get("rejection", c.rejection)
     if c.objective == "ppo":
         c["rollout"] = [c.sampler]
     else:                                   # a third of the step size too, or other numbers of steps gain less
