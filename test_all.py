@@ -2693,6 +2693,9 @@ def test_a_run_starts_with_rejection(tmp_path):
     assert {x["step"].item() for x in adam.values()} == {2.0}                       # of its 4 updates
     start = flat(drawn["strong"][0]["average"])
     assert (strong[1] - start).norm() < 0.5 * (start - none[1]).norm()              # where each is pulled to
+    longer = ["--iters=5", "--rejection=0", "--resume", "--changed"]                # the start stays as it was
+    assert run(train_rl, *short, *longer, "--out", tmp_path / "half")[0] == 0
+    assert torch.load(tmp_path / "half" / "state.pt", weights_only=True)["at"]["first"] == 2
 
 
 def test_resume_uses_the_state_before_a_damaged_one(tmp_path):

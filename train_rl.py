@@ -117,7 +117,8 @@ eval_full = False # also evaluate a fifth of the images with 5 times the steps
 
 
 # What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4),
+FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4,
+                    rejection=rejection),
             "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
                      lr=1e-3, rejection=0.0)}
 
@@ -523,9 +524,9 @@ def check(c, world):
     if not (0 < c.top <= 1 and 0 < c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
         fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull}, beta1 {c.beta1} and rejection {c.rejection} must lie in "
              f"[0, 1), top {c.top} and noisiest {c.noisiest} in (0, 1]")
-    first = round(c.rejection * c.iters)
-    if c.rejection and "rejection" in c.given and not 0 < first < c.iters:
-        fail(f"rejection {c.rejection} is {first} of {c.iters} iterations: needed is 0, or at least one and not all")
+    if c.rejection and "rejection" in c.given and not 0 < round(c.rejection * c.iters) < c.iters:
+        fail(f"rejection {c.rejection} is {round(c.rejection * c.iters)} of {c.iters} iterations: needed is 0, or at "
+             "least one and not all")
     for name in ("bound", "clip", "kl_limit", "grad_clip"):
         if c[name] <= 0:
             fail(f"{name} {c[name]}: needed is more than 0")
@@ -687,7 +688,7 @@ def train(c, model, nets, real, plans, stop, stored=None):
                            nets, params) for i, (name, plan) in enumerate(plans.items())}
     average = copy.deepcopy(model)
     rejecting = Config(c, objective="forward", advantage="rejection", top=0.25, offset=0.0, pull=0.0)
-    first = round(c.rejection * c.iters) if c.objective == "pathwise" else 0
+    first = round(c.rejection * c.iters)
     base_params = [p.detach().clone() for p in params] if c.pull or first else []
     average_params = [p for p in average.parameters() if p.requires_grad]
     at = dict(it=0, drawn=used + len(courses) * count, turns=dict.fromkeys(courses, 0), skipped=0, in_a_row=0, log=0,
@@ -946,7 +947,8 @@ def run(c, stop):
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr")})
     steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
     plans = {c.sampler: schedule(c.sampler, steps_of(c.sampler), c.noise, c.last, model.sigmas)}
-    c["rejection"] = c.rejection if "rejection" in given else own.get("rejection", c.rejection)
+    if "rejection" not in given:
+        c["rejection"] = own["rejection"] if c.objective == "pathwise" else 0.0
     if c.objective == "ppo":
         c["rollout"] = [c.sampler]
     else:                                   # a third of the step size too, or other numbers of steps gain less
@@ -977,9 +979,10 @@ def run(c, stop):
             fail(f"--{name} does nothing at memory 0, where the moments are those of each rollout alone; leave it out, "
                  "or add --memory=0.5")
         c = Config(c, memory=memory, reference=c.reference if memory else 0)
+    after = f" after {round(c.rejection * c.iters)} of rejection" if c.rejection else ""
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: {c.objective} on {' '.join(c.rollout)}; {c.credit} credit of "
+           f"{c.steps} steps: {c.objective}{after} on {' '.join(c.rollout)}; {c.credit} credit of "
            f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
            + memory_estimate(c, model, nets, plans, world))
 
