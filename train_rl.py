@@ -8,8 +8,8 @@ mmd put another distance in place of FD; --reward=sample is the contrast, a clas
 Three objectives learn from it. ppo is the paper's policy gradient through the noisy steps of the SDE. forward re-noises
 rewarded images, so that any sampler can draw them. pathwise, the default, follows the gradient of the first variation
 through the feature network and the sampler's last steps: it learns fastest, and needs networks that have a gradient. It
-starts with rejection sampling, a few iterations that learn to draw the best quarter of the images again: that keeps
-precision. With --neon=1 a run first steps away from self-training (Neon, arXiv 2510.03597), which needs no reward.
+starts with rejection sampling, a few iterations that learn to draw the best quarter of the images again, for a little
+more precision. With --neon=1 a run first steps away from self-training (Neon, arXiv 2510.03597), which needs no reward.
 
 Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
 small, their KL is exact, printed and bounded).
