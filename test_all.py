@@ -2792,11 +2792,17 @@ def broken_on_one_node(out):
 
 
 def test_a_rank_that_fails_ends_the_others(broken_on_one_node):
-    """An image that rank 1 alone reads is broken: both nodes end, and the cause is named once."""
+    """
+    An image that rank 1 alone reads is broken: both nodes end, and the cause is named once. The other rank adds at most
+    a note: its own torchrun, which loses the meeting point at the same moment, may end it before it has written that.
+    """
     out, codes, said, seconds = broken_on_one_node
     assert codes == [1, 1] and seconds < 100, said                      # a minute, after torch was loaded
-    ours = [line for line in "".join(said).split("\n") if re.search("^error|^note: rank", line)]
-    assert len(ours) == 2 and sum("003.png is not a readable image" in line for line in ours) == 1, said
+    lines = "".join(said).split("\n")
+    named = [line for line in lines if line.startswith("error")]
+    assert len(named) == 1 and "003.png is not a readable image" in named[0], said
+    assert [line for line in lines if line.startswith("note: ")] in (
+        [], ["note: rank 0 ends, as another rank has ended"]), said
     assert "rank0]: Traceback" not in "".join(said) and not (out / "s.npz").exists(), said
 
 
