@@ -3,7 +3,7 @@ Judge generated images against real ones: FID, KID, precision / recall, density 
 
 python fid.py --num 50000                                       # the tiny base: draw and judge
 python fid.py --ckpt out/train_rl/ckpt.pt --num 10000 --features tiny2 tiny factors
-python fid.py --images FOLDER --real FOLDER                     # a folder, a zip or an .npz of images
+python fid.py --images SAMPLES --real FOLDER                    # folders, zips or .npz of images
 python fid.py --real FOLDER --stats real.npz                    # write statistics, to be used as --real real.npz
 python fid.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real VIRTUAL_imagenet256_labeled.npz
 
@@ -22,22 +22,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from models import (ASSETS, SIZE, FeatureNet, check_classes, configure, fail, gather, image_batches, image_size,
-                    is_statistics, list_images, print0, read_checkpoint, read_pickle, setup, sha256, share_cores,
-                    tiny_images, whole, writable)
+from models import (ASSETS, SIZE, FeatureNet, Stop, check_classes, configure, fail, gather, image_batches, image_size,
+                    is_statistics, note, open_images, print0, read_arrays, read_checkpoint, reading, setup, sha256,
+                    share_cores, tiny_images, whole, writable)
 from reward import Moments, covariance_root, distance_to_root, influence, standard_error
 from sample import NOISE, generate, image_seeds, load_guided, schedule, watched
 
 # -----------------------------------------------------------------------------
-ckpt = "" # model to draw from: .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+ckpt = "" # model to draw from: .pt, .pkl or .safetensors, its URL or the name of an asset; empty: the tiny base
+heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
-images = "" # judge these instead: folder or zip of images, or .npz with arr_0 (N, H, W, 3) uint8
+images = "" # judge these instead: folder or zip of images, or .npz or .npy with uint8 (N, H, W, 3)
 num = 0 # images to judge; 0: 50,000 drawn, or all of --images
-real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
-features = ["tiny2"] # one or more of tiny, tiny2, pixels, factors, inception (the one FID means), dinov2 (FD-DINOv2)
+real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
+features = [] # some of inception (what FID means), dinov2, tiny, tiny2, pixels, factors; empty: tiny2 in the tiny world
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
-num_prdc = 5000 # KID and the neighbour metrics use the first so many images
+num_prdc = 5000 # KID and the neighbour metrics use so many of the images, a fixed random subset
 sampler = "" # see sample.py; empty: flow for SiT, heun for EDM2
 steps = 10 # of the sampler
 noise = 0.0 # noise level of the sampler; 0: 0.5 for SiT, 0.7 for EDM2
@@ -50,7 +52,7 @@ labels = "balanced" # of the drawn images: balanced (i % classes), or random (un
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
-stats = "" # write the statistics of --real, or of --images if given, to this .npz and stop
+stats = "" # write the statistics of --images if given, else of what --ckpt draws if given, else of --real, and stop
 json = "" # also write the numbers to this file, a line per feature network
 # -----------------------------------------------------------------------------
 
@@ -266,11 +268,12 @@ def feature_net(name, path=None, device="cpu"):
 # ---- Real data ------------------------------------------------------------------------------------------------------
 
 class Summary(NamedTuple):
-    """What a set of images leaves behind: moments of all, features of the first few."""
-    num: int
+    """What a set of images leaves behind: moments of all, features of some."""
+    num: int                                # 0 if a file of statistics does not tell
     mu: torch.Tensor                        # (d,) float64
     cov: torch.Tensor                       # (d, d) float64
     features: Optional[torch.Tensor]        # (min(num, num_prdc), d) float32; None if only statistics are known
+    size: str = ""                          # of the images, before a network resizes them; empty if unknown
 
 
 class Nets:
@@ -283,12 +286,12 @@ class Nets:
         return torch.cat([net(images) for net in self.nets], dim=1)
 
 
-def real_batches(real, size, role, num):
+def real_batches(real, size, role, num, batch_size=250):
     """
     This rank's share (image i of rank i % world) of real images, as uint8 batches: num of the tiny world, at most num
     of a folder (0: all). What rewards and what judges share no image: "train" is for the reward, "report" for judging,
-    "floor" for real against real, "select" for choosing a base or a sampler. Of a folder "report" has the odd images,
-    "train" and "floor" the even ones, "all" and "select" all.
+    "floor" for real against real, "select" for choosing a base or a sampler. Of a folder "report" has every second
+    image in the order of Images, "train" and "floor" the others, "all" and "select" all.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if real == "tiny":
@@ -299,7 +302,21 @@ def real_batches(real, size, role, num):
     else:
         offset, stride = {"all": (0, 1), "select": (0, 1), "train": (0, 2), "floor": (0, 2), "report": (1, 2)}[role]
         limit = len(range(rank, num, world)) if num else 0
-        yield from image_batches(real, size, offset + stride * rank, stride * world, limit)
+        found = open_images(real)
+        mine = min(limit or len(found.names), len(range(offset + stride * rank, len(found.names), stride * world)))
+        batches = image_batches(found, size, offset + stride * rank, stride * world, limit, batch_size)
+        yield from watched(batches, -(-mine // batch_size), desc=f"{real} ({role})", leave=False)
+
+
+def features_of(net, images):
+    """Features (N, dim) of a uint8 batch (N, 3, H, W), or of a list of images (3, H, W) of several sizes."""
+    if isinstance(images, torch.Tensor):
+        return net(images)
+    features = torch.empty(len(images), net.dim, device=images[0].device)
+    for shape in {x.shape for x in images}:
+        rows = [i for i, x in enumerate(images) if x.shape == shape]
+        features[rows] = net(torch.stack([images[i] for i in rows]))
+    return features
 
 
 @torch.no_grad()
@@ -311,12 +328,21 @@ def summarize(batches, nets, num_prdc, device="cpu"):
     rank, world = dist.get_rank(), dist.get_world_size()
     moments = {net.name: Moments(net.dim, device) for net in nets}
     kept = {net.name: [torch.empty(0, net.dim, device=device)] for net in nets}
+    sizes = torch.tensor([[10**9, 10**9], [-1, -1]], device=device)        # least and largest width and height
     for batch in batches:
+        batch = batch.to(device) if isinstance(batch, torch.Tensor) else [x.to(device) for x in batch]
+        for x in batch[:1] if isinstance(batch, torch.Tensor) else batch:
+            size = torch.tensor([x.shape[-1], x.shape[-2]], device=device)
+            sizes = torch.stack([sizes[0].minimum(size), sizes[1].maximum(size)])
         for net in nets:
-            f = net(batch.to(device))
+            f = features_of(net, batch)
             if sum(map(len, kept[net.name])) * world < num_prdc:
                 kept[net.name].append(f)
             moments[net.name].add(f)
+    sizes[1] *= -1
+    dist.all_reduce(sizes, dist.ReduceOp.MIN)
+    least, largest = sizes[0].tolist(), (-sizes[1]).tolist()
+    size = f"{least[0]} x {least[1]}" if least == largest else "several sizes"
     summaries = {}
     for name, m in moments.items():
         weight = torch.tensor([m.weight, m.squares], dtype=torch.float64, device=device)
@@ -327,11 +353,11 @@ def summarize(batches, nets, num_prdc, device="cpu"):
             fail(f"{int(m.weight)} images have no covariance; needed are at least 2, better {10 * len(m.sum)}", code=1)
         first = min(int(m.weight), num_prdc)
         features = torch.cat(kept[name])[:len(range(rank, first, world))]
-        summaries[name] = Summary(int(m.weight), *m.gaussian(), gather(features, first))
+        summaries[name] = Summary(int(m.weight), *m.gaussian(), gather(features, first), size)
     return summaries
 
 
-def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None):
+def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None, batch_size=250):
     """
     {net.name: Summary} of real data: the tiny world, a folder, a zip, or a file of statistics. Images of a folder are
     resized as the networks need them; if those take any size, to `size` pixels, as the model draws (None: not at all).
@@ -341,47 +367,41 @@ def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None):
     if real == "tiny" and (size or SIZE) != SIZE:
         fail(f"the model draws images of {size} pixels, the tiny world has {SIZE}; name real ones with --real")
     size = next((net.size for net in nets if net.size), size)
-    return summarize(real_batches(real, size, role, num), nets, num_prdc, device)
-
-
-def read_npz(path, *names):
-    """Those of the named arrays that an .npz has, without running code. Exit code 1 if it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            arrays = {k: f[k] for k in names if k in f.files}
-            if odd := [k for k, x in arrays.items() if not isinstance(x, np.ndarray)]:
-                raise ValueError(f"{odd[0]} is no array")
-            return arrays
-    except Exception as e:                  # a damaged file can raise anything, even MemoryError
-        fail(f"{path} is not a readable .npz ({str(e)[:80]})", code=1)
+    return summarize(real_batches(real, size, role, num, batch_size), nets, num_prdc, device)
 
 
 def read_statistics(path, net, device="cpu"):
     """
-    Summary of the images behind mu (d,) and sigma (d, d) in an .npz, of pytorch-fid, ADM (whose arr_0 are some of them
-    only) or write_statistics, or in EDM2's .pkl {num_images, fid, fd_dinov2}. Exit code 1 if they are of other features
-    or other weights than `net`, do not fit it, or are no covariance.
+    Summary of the images behind mu (d,) and sigma (d, d) in an .npz, .npy, .pt or .pkl, of pytorch-fid, ADM (whose
+    arr_0 are some of them only), torch-fidelity or write_statistics, or in EDM2's .pkl {num_images, fid, fd_dinov2}.
+    Exit code 1 if they are of other features or other weights than `net`, do not fit it, or are no covariance.
     """
     if not os.path.isfile(path):
         fail(f"no statistics {path!r}; needed: an .npz with mu and sigma, or a .pkl of EDM2")
-    if path.endswith(".pkl"):
-        parts = read_pickle(path)
-        parts = parts if isinstance(parts, dict) else {}
-        stored = parts.get({"inception": "fid", "dinov2": "fd_dinov2"}.get(net.name))
-        stored = dict(stored, num=parts.get("num_images", 0)) if isinstance(stored, dict) else {}
-    else:
-        stored = read_npz(path, "mu", "sigma", "features", "hash", "num")
+    parts = read_arrays(path)
+    with reading(path):
+        inner = {"inception": "fid", "dinov2": "fd_dinov2"}.get(net.name)
+        if inner in parts and isinstance(parts[inner], dict):
+            stored = dict(parts[inner], num=parts.get("num_images", 0))
+        else:
+            stored = {k: parts[k] for k in ("mu", "sigma", "features", "hash", "num", "size") if k in parts}
     if "mu" not in stored or "sigma" not in stored:
-        fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed", code=1)
+        fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed, and it has "
+             f"{', '.join(map(str, list(parts.keys())[:5])) or 'nothing'}", code=1)
     try:
-        mu, cov = (torch.from_numpy(np.asarray(stored[k]).astype(np.float64, casting="same_kind"))
-                   for k in ("mu", "sigma"))
-        name, digest = (str(stored.get(k, x)).encode().decode() for k, x in (("features", net.name), ("hash", "")))
-        num = int(stored.get("num", 0))
+        mu, cov = (x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else torch.from_numpy(
+            np.asarray(x).astype(np.float64, casting="same_kind")) for x in (stored["mu"], stored["sigma"]))
+        name, digest, size = (str(stored.get(k, x)).encode().decode() for k, x in (
+            ("features", net.name), ("hash", ""), ("size", "")))
+        num = max(0, int(np.asarray(stored.get("num", 0)).item()))
     except Exception as e:                  # numpy's text may hold what is no character
         fail(f"{path}: mu, sigma or num are not numbers, or features no name ({str(e)[:80]})", code=1)
-    if name != net.name or mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
-        fail(f"{path} describes {mu.numel()}-d features of {name}, asked for is {net.name} ({net.dim}-d)", code=1)
+    mu = mu.flatten() if mu.numel() == max(mu.shape, default=0) else mu        # some write (1, d)
+    if name != net.name:
+        fail(f"{path} holds statistics of {name}, asked for is {net.name}; add --features {name}", code=1)
+    if mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
+        fail(f"{path} has mu {tuple(mu.shape)} and sigma {tuple(cov.shape)}, {net.name} has {net.dim} dimensions: name "
+             "the network that it was made with by --features", code=1)
     if digest and net.hash and digest != net.hash:
         fail(f"{path} was made with other weights of {name} (sha256 {digest[:8]}.., these are {net.hash[:8]}..): "
              "make it again with --stats" + ", or name the old ones with --features_path" * (name in WEIGHTS), code=1)
@@ -391,12 +411,12 @@ def read_statistics(path, net, device="cpu"):
         fail(f"{path}: sigma is not symmetric, so it is no covariance", code=1)
     if torch.linalg.cholesky_ex(cov).info and (vals := torch.linalg.eigvalsh(cov))[0] < -1e-5 * vals[-1]:
         fail(f"{path}: sigma has negative eigenvalues, so it is no covariance", code=1)
-    return Summary(num, mu.to(device), cov.to(device), None)
+    return Summary(num, mu.to(device), cov.to(device), None, size)
 
 
 def stored_moments(path, net, device):
     """Moments as the images behind a file of statistics left them; their number has to be in it."""
-    num, mu, cov, _ = read_statistics(path, net, device)
+    num, mu, cov, *_ = read_statistics(path, net, device)
     if num <= net.dim:
         fail(f"{path} says it describes {num} images; {net.dim}-d moments need more than {net.dim}, better 5 times", 1)
     moments = Moments(net.dim, device)
@@ -409,7 +429,7 @@ def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with whole(path) as f:
         np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name,
-                 hash=net.hash, resize=net.resize, quantisation="uint8")
+                 hash=net.hash, size=summary.size, resize=net.resize, quantisation="uint8")
 
 
 # ---- Metrics on features -------------------------------------------------------------------------------------------
@@ -466,8 +486,8 @@ def histogram_distance(real, fake, bins=20):
 
 
 def distance(fake, real):
-    """Frechet distance of two Summaries."""
-    return distance_to_root(fake.mu, fake.cov, real.mu, covariance_root(real.cov)).item()
+    """Frechet distance of two Summaries; rounding may leave less than 0 where it is 0."""
+    return max(0.0, distance_to_root(fake.mu, fake.cov, real.mu, covariance_root(real.cov)).item())
 
 
 def judge(fake, real, labels=None):
@@ -476,7 +496,8 @@ def judge(fake, real, labels=None):
     they were drawn in equal numbers), kid, precision, recall, density, coverage; also psi, the first variation of the
     kept features. What needs real features is None if only statistics are known.
     """
-    row = dict(num=fake.num, fid=distance(fake, real), fid_se=None, psi=None)
+    row = dict(num=fake.num, num_real=real.num, size=fake.size, size_real=real.size, fid=distance(fake, real),
+               fid_se=None, psi=None)
     try:
         row["psi"] = influence(fake.features, fake.mu, fake.cov, real.mu, covariance_root(real.cov))
         row["fid_se"] = standard_error(row["psi"], labels) * math.sqrt(len(row["psi"]) / fake.num)
@@ -488,79 +509,116 @@ def judge(fake, real, labels=None):
     return row
 
 
+def notes_on(row, dim):
+    """Print what a reader of judge()'s row has to know, in features of `dim` dimensions."""
+    for num, whose in ((row["num"], "judged"), (row["num_real"], "real")):
+        if 0 < num <= dim:
+            note(f"{num} {whose} images cannot fill the {dim} dimensions of {row['features']}: compare this FID only "
+                 "with others of the same numbers of images")
+    if row["size"] and row["size_real"] and row["size"] != row["size_real"]:
+        note(f"the real images are {row['size_real']}, the judged ones {row['size']}: resized to one size beforehand "
+             "they would give another FID")
+
+
 # ---- A model against real data -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.5, last=0.0, seed=0, stream="report",
-             num_prdc=5000, batch_size=250, keep=0, labels="balanced"):
+def drawn_summaries(model, nets, num, sampler="", steps=10, noise=0.5, last=0.0, seed=0, stream="report",
+                    num_prdc=5000, batch_size=250, keep=0, labels="balanced"):
     """
-    Draw num images and judge them in every net against real {net.name: Summary}. The images are split over the ranks;
-    image i depends on (seed, stream, i) and its label alone, which is i % classes or, if random, of the same hash.
-    Returns {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images": the first `keep`.
+    {net.name: Summary} of num images that the model draws, and the first `keep` of them. The images are split over the
+    ranks; image i depends on (seed, stream, i) and its label alone, which is i % classes or, if random, of that hash.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     device = next(model.parameters()).device
     for net in nets:
         if net.size and image_size(model) != net.size:
-            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}")
+            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}; "
+                 "inception and dinov2 take any size")
     indices = torch.arange(num)[rank::world]
     seeds = image_seeds(seed, stream, indices)
     classes = indices % model.num_classes
     if labels == "random":                  # the noise takes the lower 32 bits
         classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
-    sampler = schedule(sampler, steps, noise, last, model.sigmas).sampler
     batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise, last)
     shown, total = [], -(-len(indices) // batch_size)
 
     def keeping():
-        for batch in watched(batches, total, desc=f"drawing {num} ({sampler})", leave=False):
+        for batch in watched(batches, total, desc=f"drawing {num}" + (f" ({sampler})" if sampler else ""), leave=False):
             if sum(map(len, shown)) < keep:
                 shown.append(batch)
             yield batch
 
-    rows = {}
-    for name, fake in summarize(keeping(), nets, num_prdc, device).items():
-        stratum = torch.arange(len(fake.features), device=device) % model.num_classes
+    summaries = summarize(keeping(), nets, num_prdc, device)
+    return summaries, gather(torch.cat(shown)[:len(range(rank, keep, world))], keep) if keep else None
+
+
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=0.5, last=0.0, seed=0, stream="report",
+             num_prdc=5000, batch_size=250, keep=0, labels="balanced"):
+    """
+    Draw num images (see drawn_summaries) and judge them in every net against real {net.name: Summary}. Returns
+    {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images": the first `keep`.
+    """
+    sampler = schedule(sampler, steps, noise, last, model.sigmas).sampler
+    summaries, images = drawn_summaries(model, nets, num, sampler, steps, noise, last, seed, stream, num_prdc,
+                                        batch_size, keep, labels)
+    rows = dict(images=images) if keep else {}
+    for name, fake in summaries.items():
+        stratum = torch.arange(len(fake.features), device=fake.features.device) % model.num_classes
         row = judge(fake, real[name], stratum if labels == "balanced" else None)
         rows[name] = dict(features=name, sampler=sampler, steps=steps, seed=seed, **row, kept=fake.features)
-    if keep:
-        rows["images"] = gather(torch.cat(shown)[:len(range(rank, keep, world))], keep)
     return rows
 
 
-def npz_images(path, num, size):
-    """uint8 batches of this rank's share of arr_0 (N, H, W, 3) in an .npz; H = W = size unless that is None."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    array = read_npz(path, "arr_0").get("arr_0", np.zeros(0))
-    side = size or (array.shape[1:2] or (0,))[0]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (side, side, 3):
-        fail(f"{path}: needed are images arr_0, uint8 (N, {size or 'H'}, {size or 'H'}, 3); found is "
-             f"{array.dtype} {array.shape}", code=1)
-    if len(array) < max(num, 2 * world):
-        fail(f"{path} holds {len(array)} images, {max(num, 2 * world)} are needed; FID depends on the number", code=1)
-    return torch.from_numpy(array[:num or None][rank::world]).permute(0, 3, 1, 2).split(250)
-
-
-def images_summaries(images, num, num_prdc, nets, device):
-    """{net.name: Summary} of the images in a folder, a zip or an .npz: the first num, or all (0)."""
+def images_summaries(images, num, num_prdc, nets, device, batch_size=250):
+    """{net.name: Summary} of the images in a folder, a zip or an array file: num of them, a fixed random subset, or all
+    (0)."""
     rank, world = dist.get_rank(), dist.get_world_size()
     size, *others = {net.size for net in nets}
     if others:
         fail(f"features of {' and '.join(net.name for net in nets)} need images of different sizes: name one at a time")
-    if images.endswith(".npz"):
-        batches = npz_images(images, num, size)
-    else:
-        found = len(list_images(images)[0])
-        if found < num:
-            fail(f"{images} holds {found} images, {num} are asked for; FID depends on the number", code=1)
-        batches = image_batches(images, size, rank, world, len(range(rank, num, world)) if num else 0)
-    return summarize(batches, nets, num_prdc, device)
+    found = open_images(images)
+    if len(found.names) < max(num, 2 * world):
+        fail(f"{images} holds {len(found.names)} images, {max(num, 2 * world)} are needed; FID depends on the number",
+             code=1)
+    limit = len(range(rank, num, world)) if num else 0
+    mine = limit or len(range(rank, len(found.names), world))
+    batches = image_batches(found, size, rank, world, limit, batch_size)
+    return summarize(watched(batches, -(-mine // batch_size), desc=images, leave=False), nets, num_prdc, device)
+
+
+def choose_networks(c, size, judges):
+    """
+    The feature networks of a search, c.features, and of its table, c.judges: those named; else the tiny ones (`judges`)
+    for images of 16 px, which a note tells if they are not the tiny world's, and Inception for all others.
+    """
+    tiny, named = c.real == "tiny" or size == SIZE, c.features and c.judges
+    c["features"] = c.features or (["tiny"] if tiny else ["inception"])
+    if not c.judges and c.num:
+        c["judges"] = c.features if is_statistics(c.real) else judges if tiny else ["inception"]
+    for name in ("features", "judges"):
+        if len(set(c[name])) < len(c[name]):
+            fail(f"{name} {c[name]}: needed are different feature networks")
+    if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
+        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features and --judges; leave it out")
+    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
+        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
+    if c.real != "tiny" and {"tiny", "tiny2"} & {*c.features, *c.judges} and not named:
+        note("the tiny feature networks know only the digits of the tiny world; for images of your own name --features "
+             "and --judges: inception or dinov2")
 
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    c["features"] = c.features or (["tiny2"] if c.real == "tiny" and not c.images else ["inception"])
     if argv is None:
         share_cores(c)
+    with Stop():
+        run(c)
+
+
+def run(c):
+    """Judge, and say how: the script, with its options c."""
     rank, world, device = setup()
     if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
         fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "
@@ -569,40 +627,60 @@ def main(argv=None):
         fail(f"unknown stream {c.stream!r}; choose report or select")
     if c.labels not in ("balanced", "random"):
         fail(f"unknown labels {c.labels!r}; choose balanced or random")
-    if not c.features or len(set(c.features)) < len(c.features):
-        fail(f"features {c.features}: needed are different feature networks, at least one")
+    if len(set(c.features)) < len(c.features):
+        fail(f"features {c.features}: needed are different feature networks")
     if len(c.features) > 1 and (c.stats or is_statistics(c.real)):
         fail(f"statistics are those of one feature network, --features names {len(c.features)}")
-    if c.features_path and not set(c.features) & set(WEIGHTS):
-        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features; leave it out")
+    if c.stats and not c.stats.lower().endswith(".npz"):
+        fail(f"--stats={c.stats}: needed is a name that ends in .npz")
     for path in filter(None, (c.json, c.stats)):
         writable(path)
-    nets = [feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in c.features]
-    num_real = c.num_real if c.real == "tiny" else 0
-    role = "select" if c.stream == "select" else "all"
-    if c.stats:
-        found = (images_summaries(c.images, c.num, c.num_prdc, nets, device) if c.images else
-                 real_summaries(c.real, nets, role, c.num_prdc, num_real, device))[nets[0].name]
-        if rank == 0:
-            write_statistics(c.stats, found, nets[0])
-        print0(f"wrote {c.stats}: {found.num} images of {c.images or c.real}, {nets[0].name} features; use it as "
-               "--real")
-        return
-
-    model = None if c.images else load_guided(c, device)
+    drawing = not c.images and (not c.stats or "ckpt" in c.given)
+    model = load_guided(c, device) if drawing else None
+    own = model and (image_size(model) != SIZE or model.classes)        # a model of other images than the tiny world's
+    if own and "features" not in c.given:
+        c["features"] = ["inception"]
+    if c.images and "ckpt" in c.given and not c.stats:
+        note("--ckpt does nothing beside --images")
+    if c.features_path and not set(c.features) & set(WEIGHTS):
+        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features; leave it out")
     if model:
         noise = c.noise or NOISE[model.family]
         schedule(c.sampler, c.steps, noise, c.last, model.sigmas)       # better to know before the real images are read
-        check_classes(c.real, model.num_classes)
+        if not c.stats:
+            check_classes(c.real, model.num_classes)
+    if "features" not in c.given:
+        print0("features: " + ("tiny2, as both sides are the tiny world" if c.features == ["tiny2"] else "inception"))
+    nets = [feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in c.features]
+    num_real = c.num_real if c.real == "tiny" else 0
+    role = "select" if c.stream == "select" else "all"
+    num, began = c.num or 50_000, time.time()
+    if c.stats:
+        if model:
+            found, _ = drawn_summaries(model, nets, num, c.sampler, c.steps, noise, c.last, c.seed, c.stream,
+                                       c.num_prdc, c.batch_size, labels=c.labels)
+            what = c.ckpt or "the tiny base"
+        elif c.images:
+            found, what = images_summaries(c.images, c.num, c.num_prdc, nets, device, c.batch_size), c.images
+        else:
+            found, what = real_summaries(c.real, nets, role, c.num_prdc, c.num or num_real, device, None,
+                                         c.batch_size), c.real
+        found = found[nets[0].name]
+        if rank == 0:
+            write_statistics(c.stats, found, nets[0])
+        print0(f"wrote {c.stats}: {found.num} images of {what} ({found.size}), {nets[0].name} features; use it as "
+               "--real")
+        return
+
     size = image_size(model) if model else None
-    real_sets = real_summaries(c.real, nets, role, c.num_prdc, num_real, device, size)
+    real_sets = real_summaries(c.real, nets, role, c.num_prdc, num_real, device, size, c.batch_size)
     began = time.time()
     if c.images:
-        fakes = images_summaries(c.images, c.num, c.num_prdc, nets, device)
+        fakes = images_summaries(c.images, c.num, c.num_prdc, nets, device, c.batch_size)
         rows = [dict(features=name, sampler=None, steps=None, seed=None, **judge(fake, real_sets[name]))
                 for name, fake in fakes.items()]
     else:
-        found = evaluate(model, nets, real_sets, c.num or 50_000, c.sampler, c.steps, noise, c.last, c.seed, c.stream,
+        found = evaluate(model, nets, real_sets, num, c.sampler, c.steps, noise, c.last, c.seed, c.stream,
                          c.num_prdc, c.batch_size, labels=c.labels)
         rows = [found[net.name] for net in nets]
     if c.json and rank == 0:
@@ -611,15 +689,15 @@ def main(argv=None):
         with whole(c.json) as f:
             f.write("".join(dumps({k: row[k] for k in keys}) + "\n" for row in rows).encode())
     for net, row in zip(nets, rows):
-        if c.num and c.num <= net.dim:
-            print0(f"note: {c.num} images cannot fill {net.dim} dimensions; compare only with FIDs of the same num")
+        notes_on(row, net.dim)
         show = lambda key, form: "-" if row[key] is None else format(row[key], form)
         source = c.images or f"{row['sampler']}, {c.steps} steps, {c.labels} labels, seed {c.seed}"
         print0(f"FID {show('fid', '.3f')} +- {show('fid_se', '.3f')}  ({row['num']} images, {source}; {net.name} "
-               f"features, real: {c.real}; {time.time() - began:.0f} s)\n"
-               f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
-               f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  "
-               f"(these on the first {min(row['num'], c.num_prdc)})")
+               f"features, real: {c.real}; {time.time() - began:.0f} s)")
+        if row["kid"] is not None:
+            print0(f"KID {show('kid', '.5f')}  precision {show('precision', '.3f')}  recall {show('recall', '.3f')}  "
+                   f"density {show('density', '.3f')}  coverage {show('coverage', '.3f')}  "
+                   f"(these on {min(row['num'], c.num_prdc)} of the images)")
 
 
 if __name__ == "__main__":

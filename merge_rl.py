@@ -26,17 +26,19 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from fid import WEIGHTS, Nets, evaluate, feature_net, real_summaries, stored_moments
-from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, image_size,
-                    is_statistics, print0, read_checkpoint, save, setup, share_cores, stored_parts, whole,
-                    writable, write)
+from fid import WEIGHTS, Nets, choose_networks, evaluate, feature_net, notes_on, real_summaries, stored_moments
+from models import (ASSETS, Config, Stop, announce, check_classes, configure, ema_exponent, fail, holds_run,
+                    image_size, move_aside, of_the_run_before, print0, read_checkpoint, save, setup, share_cores,
+                    stored_parts, whole, writable, write)
 from reward import Moments, ReferenceSet, Stream, SumSet, covariance_root, distance_to_root, long_enough, standard_error
 from sample import NOISE, generate, image_seeds, load_guided, save_curves, save_grid, schedule, self_trained
 
 # -----------------------------------------------------------------------------
 ckpts = [] # checkpoints to merge, at least two, oldest first; globs; empty: the tiny SiT's snapshots
+heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
-real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
+real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
 out = "out/merge_rl" # folder for merged.pt, merge.json, coefficients.png, before.png, after.png; line.png
 json = "" # also write the numbers to this file
 seed = 0 # of the search; evaluation has its own stream
@@ -63,14 +65,15 @@ cfg_channels = 0 # guide only the first so many channels (3 in SiT's own code); 
 guide = "" # weaker network to guide with instead (autoguidance)
 guidance = 1.4 # scale of the guide
 batch_size = 250 # images in one pass, per rank
-features = ["tiny"] # feature networks of the search, see fid.py; of several the geometric mean of FD counts
+features = [] # feature networks of the search; of several the geometric mean of FD counts; empty: see judges
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
-judges = ["tiny2", "tiny"] # feature networks of the table; the first is held out from the search
+judges = [] # feature nets of the table, the first held out; empty: tiny ones at 16 px, else inception (features too)
 num = 10000 # fresh images per row of the table; 0: no evaluation
 num_real = 50000 # real images of the tiny world, each for search and judging; of a folder each gets half
-num_prdc = 3000 # the neighbour metrics use the first so many
+num_prdc = 3000 # the neighbour metrics use so many of the images, a fixed random subset
 # -----------------------------------------------------------------------------
 
+LEFT = ("merged.pt", "merge.json", "coefficients.png", "before.png", "after.png", "line.png", "cache")
 KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "kid", "precision", "recall", "density", "coverage")
 
 
@@ -80,8 +83,13 @@ def find_checkpoints(patterns):
     """Paths of the checkpoints, globs expanded; the tiny SiT's snapshots if there is no pattern."""
     patterns = patterns or [os.path.join(ASSETS, "sit-tiny-*.pt")]
     paths = []
+    numbers = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
     for pattern in patterns:
-        paths += sorted(glob.glob(pattern)) or [pattern]
+        # A file of that very name, then what the pattern matches: step9000 before step10000.
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern), key=numbers)
+        if not found and glob.has_magic(pattern):
+            fail(f"no file matches {pattern}")
+        paths += found or [pattern]
     if len(paths) < 2:
         fail(f"merging needs at least 2 checkpoints, got {len(paths)}: python merge_rl.py --ckpts a.pt b.pt")
     return paths
@@ -103,6 +111,7 @@ class Basis:
     def __init__(self, paths, per, model):
         self.paths, self.model, self.states, self.copies = paths, model, [], []
         shapes = {name: p.shape for name, p in model.model.named_parameters() if p.requires_grad}
+        fixed = {name: b.cpu() for name, b in model.model.named_buffers()}
         for path in paths:
             state = stored_parts(path)["ema"]
             found = {name: state[name].shape for name in shapes if name in state}
@@ -110,6 +119,9 @@ class Basis:
             if odd:
                 fail(f"{path} and {paths[0]} cannot be merged: {odd[0]} is {tuple(found.get(odd[0], ()))}, "
                      f"not {tuple(shapes[odd[0]])}", code=1)
+            odd = [name for name in fixed if not torch.allclose(state[name].float(), fixed[name], rtol=2e-3, atol=2e-3)]
+            if odd:                         # up to the rounding of a copy in float16
+                fail(f"{path} and {paths[0]} cannot be merged: they are of two training runs, {odd[0]} differs", code=1)
             broken = [name for name in shapes if not state[name].isfinite().all()]
             if broken:
                 fail(f"{path} holds NaN or infinite values in {broken[0]}; leave it out", code=1)
@@ -499,19 +511,12 @@ def check(c, world):
     if c.method in ("rl", "all") and c.budget < first + (2 * c.pairs + (c.credit == "subset")) * c.images:
         fail(f"budget {c.budget} is less than one iteration of {2 * c.pairs} candidates of {c.images} images "
              f"and the reference of {first}; raise it, or lower --images or --reference")
-    if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given
-                      or len(c.features) > 1):
+    if c.moments and (c.method not in ("rl", "all") or c.credit != "image" or "reference" in c.given):
         fail("--moments are in place of a reference, for --method=rl with --credit=image and one of --features")
     if not (0 <= c.memory < 1 and c.search_std > 0 and c.lr > 0):
         fail(f"memory {c.memory} must lie in [0, 1), search_std {c.search_std} and lr {c.lr} above 0")
     if c.num and c.num < 2 * world:
         fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
-    if not c.judges or len(set(c.judges)) < len(c.judges):
-        fail(f"judges {c.judges}: needed are different feature networks, at least one")
-    if not c.features or len(set(c.features)) < len(c.features):
-        fail(f"features {c.features}: needed are different feature networks, at least one")
-    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
-        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
     for path in filter(None, (os.path.join(c.out, "merged.pt"), c.json)):
         writable(path)
 
@@ -520,7 +525,7 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if argv is None:
         share_cores(c)
-    with Stop():                            # at once: all that was drawn but the present candidates is in the cache
+    with Stop("; go on with --resume"):     # at once: all that was drawn but the present candidates is in the cache
         run(c)
 
 
@@ -530,12 +535,17 @@ def run(c):
     began = time.time()
     check(c, world)
     paths = find_checkpoints(c.ckpts)
+    met = not c.resume and holds_run(c.out, ("merged.pt", "cache"), [*paths, c.guide, c.moments])
+    paths = [of_the_run_before(path, c.out) for path in paths] if c.resume else paths
     c["ckpt"] = paths[0]
     guided = load_guided(c, device)
     sampler_of = {"sit": "euler", "edm2": "heun"}[guided.family]
     c = Config(c, sampler=c.sampler or sampler_of, noise=c.noise or NOISE[guided.family])
     c = Config(c, steps=c.steps or (5 if c.sampler == "heun" else 10))
     schedule(c.sampler, c.steps, c.noise, 0.0, guided.sigmas)
+    choose_networks(c, image_size(guided), ["tiny2", "tiny"])
+    if c.moments and len(c.features) > 1:
+        fail(f"--moments are for one feature network, --features names {len(c.features)}")
     check_classes(c.real, guided.num_classes)
     basis = Basis(paths, c.per, guided)
     G, K = len(basis.groups), len(paths)
@@ -545,9 +555,12 @@ def run(c):
     made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
             for name in dict.fromkeys([*c.features, *c.judges])}
     nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
+    if met:
+        move_aside(c.out, LEFT)
+        paths[:] = [of_the_run_before(path, c.out) for path in paths]
     print0(f"{K} checkpoints of {sum(p.numel() for p in guided.model.parameters()) / 1e6:.2f} M parameters, {G} groups "
            f"of coefficients; {', '.join(methods)} with {c.budget} images ({c.sampler}, {c.steps} steps) in "
-           f"{nets.name}")
+           f"{nets.name}" + (f", judged in {' '.join(c.judges)}" if c.num else ""))
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(guided)
     real_train = real_summaries(c.real, nets.nets, "train", 1, num_real, device, size)
     real_report = real_summaries(c.real, judges, "report", c.num_prdc, num_real, device, size) if c.num else None
@@ -593,6 +606,8 @@ def run(c):
             if rows:
                 save_grid(os.path.join(c.out, picture), rows[name]["images"])
     if rows:
+        for judge in judges:
+            notes_on(rows["last"][judge.name], judge.dim)
         print0(table(rows, best, drawn, judges, guided.num_classes))
     for g, group in enumerate(basis.groups[:12]):
         print0(f"{group}: " + " ".join(f"{x:+.3f}" for x in w[g].tolist()))

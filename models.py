@@ -24,19 +24,23 @@ import json
 import math
 import os
 import pickle
+import posixpath
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from resource import RUSAGE_SELF, getrusage
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -47,10 +51,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:                     # Windows has none
+    resource = None
+
 # -----------------------------------------------------------------------------
 real = "tiny" # images to train on: "tiny" (the procedural world), or a folder or zip of images
 out = "assets" # folder for all tiny assets; with --real FOLDER or --ckpt a file, for example base.pt
-ckpt = "" # continue from this .pt file, asset or our own base, instead of from scratch
+ckpt = "" # continue from this checkpoint, asset or our own base, instead of from scratch
+heads = 0 # attention heads of --ckpt, a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of --ckpt, a SiT; 0: as its file says, else all rows of its table but one, the null class
 family = "" # network of a new base: sit, edm2; empty: one after the other (tiny world), sit (a folder)
 minutes = 0.0 # train a base for this long; 0: for `images` (tiny world), 10 minutes (a folder)
 images = 0 # images seen in pre-training, unless minutes says otherwise; 0: 6 M for SiT, 1.6 M for EDM2
@@ -87,9 +98,9 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    def __init__(self, num_classes, width):
+    def __init__(self, rows, width):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)     # the last row is the null class of guidance
+        self.embedding_table = nn.Embedding(rows, width)                # the last row is the null class of guidance
 
     def forward(self, y):               # (B,) int64 => (B, D)
         return self.embedding_table(y)
@@ -118,6 +129,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
+FUSED_GELU = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class MLP(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -126,7 +140,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         drawing = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if drawing and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if drawing and x.device.type == "cpu" and x.dtype == torch.float32 and FUSED_GELU:
             # oneDNN's GELU within the matrix product: the tiny network draws 13 to 27 % faster
             h = torch.ops.mkldnn._linear_pointwise(x, self.fc1.weight, self.fc1.bias, "gelu", [], "tanh")
         else:
@@ -179,17 +193,20 @@ def position_table(width, grid):
 
 
 class SiT(nn.Module):
-    """Ma et al. 2024, with official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
+    """
+    Ma et al. 2024, with official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x.
+    null: whether label num_classes is the null class, which guidance needs. classes: their names, if known.
+    """
     family, sigmas = "sit", None
 
-    def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False):
+    def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False, null=True):
         super().__init__()
         C, H, _ = shape
-        self.shape, self.patch, self.num_classes = tuple(shape), patch, num_classes
+        self.shape, self.patch, self.num_classes, self.null, self.classes = tuple(shape), patch, num_classes, null, []
         self.out_channels = 2 * C if learn_sigma else C
         self.x_embedder = PatchEmbedding(patch, C, width)
         self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(num_classes, width)
+        self.y_embedder = LabelEmbedding(num_classes + null, width)
         self.pos_embed = nn.Parameter(position_table(width, H // patch), requires_grad=False)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.final_layer = FinalLayer(width, patch, self.out_channels)
@@ -386,6 +403,7 @@ class EDM2(nn.Module):
                                 sigma_data=sigma_data, logvar_channels=logvar_channels, sigmas=sigmas, **unet)
         self.shape, self.sigmas = (img_channels, img_resolution, img_resolution), sigmas
         self.num_classes, self.sigma_data = label_dim or 1, sigma_data      # without labels all images are of one class
+        self.null, self.classes = label_dim > 0, []
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet)
         self.logvar_fourier = MPFourier(logvar_channels)                    # kept for the file, used by nothing here
         self.logvar_linear = MPConv(logvar_channels, 1).requires_grad_(False)
@@ -509,6 +527,8 @@ def attach_vae(model, path):
         if path:
             fail(f"--vae={path}: the model draws pixels and needs no VAE decoder; leave it out")
         return model
+    if model.shape[0] != 4:
+        fail(f"the model draws {model.shape[0]} channels; needed are 3 (pixels) or the 4 latents of an SD-VAE", code=1)
     convention = LATENTS[model.family]
     if not path:
         fail(f"the model draws latents; name its decoder with --vae: diffusion_pytorch_model.safetensors of "
@@ -713,7 +733,8 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
         k = torch.randint(len(x), (batch,), generator=rng)
         x1 = x[k] if x.is_floating_point() else x[k].float() / 127.5 - 1
         noise, z = torch.randn(x1.shape, generator=rng), torch.randn(batch, generator=rng)
-        labels = y[k].masked_fill(torch.rand(batch, generator=rng) < 0.1, model.num_classes)    # for guidance
+        dropped = torch.rand(batch, generator=rng) < 0.1                                        # for guidance
+        labels = y[k].masked_fill(dropped, model.num_classes) if model.null else y[k]
         uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)
         x1, noise, uniform, labels = (part.to(params[0].device) for part in (x1, noise, uniform, labels))
         xt, t, u, weight = renoise(model, x1, noise, uniform)
@@ -743,80 +764,302 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
 
 # ---- Images from disk -----------------------------------------------------------------------------------------------
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+# Formats that Pillow only decodes (for EPS it would start Ghostscript). The last two cannot be told by their first
+# bytes: they are read only from files of their own ending.
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI", "DDS", "ICO",
+                 "SGI", "PSD", "PCX", "TGA")
+ARRAY_ENDINGS = (".npz", ".npy", ".pkl", ".pt", ".pth")
+WARNED = set()                          # what Pillow has warned of so far
 
 
-def list_images(path):
-    """Sorted names of the images in a folder or zip, and a function that opens one by its name."""
+class Images(NamedTuple):
+    """
+    The images of a folder, a zip or an array file, in the order of a hash of their names within the set: the first so
+    many of them, or every second one, are a fixed random subset, the same on every machine.
+    """
+    path: str
+    names: list                         # "/" between folders, without the folders that all of them are in
+    read: Callable                      # name => PIL image
+    place: Callable                     # name => its path, for people
+    labels: object = None               # {name: label} of a dataset.json, empty if it has none; None without the file
+
+
+def is_array_file(path):
+    return path.lower().endswith(ARRAY_ENDINGS) and not os.path.isdir(path)
+
+
+@contextmanager
+def reading(path):
+    """Whatever a damaged file raises ends the script with one line and exit code 1."""
+    try:
+        yield
+    except Exception as e:
+        kind = os.path.splitext(path)[1].lower()
+        fail(f"{path} is not a readable {kind} ({' '.join(str(e).split())[:80] or type(e).__name__})", code=1)
+
+
+def read_arrays(path):
+    """
+    What an .npz, .npy, .pt or .pkl holds, by name, without running code; an .npz is read only where it is asked for.
+    The dict of an .npy, which numpy pickles, is read too; an array alone is named arr_0.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".pkl":
+        found = read_pickle(path)
+    elif ending in (".pt", ".pth"):
+        found = read_checkpoint(path)
+    else:
+        with reading(path):
+            with open(path, "rb") as f:
+                if f.read(6) != b"\x93NUMPY":
+                    found = np.load(path, allow_pickle=False)
+                else:
+                    f.seek(0)
+                    _, _, dtype = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")(f)
+                    found = restore(RecordReader(f).load(), {}) if dtype.hasobject else np.load(path)
+            found = found.item() if isinstance(found, np.ndarray) and found.dtype.hasobject else found
+    if isinstance(found, (np.ndarray, torch.Tensor)):
+        return {"arr_0": found}
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return dict(mu=found[0], sigma=found[1])
+    return found if hasattr(found, "keys") else {"": found}
+
+
+def array_images(path):
+    """Images uint8 (N, H, W, 3) of an array file, whatever their name, channels last or first (arr_0 before others)."""
+    stored, found = read_arrays(path), []
+    if {"mu", "sigma"} <= set(stored.keys()):
+        fail(f"{path} holds statistics, where images are needed; statistics are for --real", code=1)
+    with reading(path):
+        for name in sorted(stored.keys(), key=lambda name: name != "arr_0"):
+            array = stored[name]
+            if isinstance(array, (np.ndarray, torch.Tensor)):
+                array = np.asarray(array)
+                if array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[3], array.shape[1]) and len(array):
+                    return array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
+                found.append(f"{name} {array.dtype} {array.shape}")
+            else:
+                found.append(f"{name} ({type(array).__name__})".strip())
+    fail(f"{path} holds {', '.join(found[:4]) or 'nothing'}; needed are images, uint8 (N, H, W, 3), or statistics, "
+         "mu (d,) and sigma (d, d)", code=1)
+
+
+def hidden(name):
+    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def files_below(folder, name="", above=()):
+    """
+    Names of the files below a folder that are not hidden, "/" between folders. Links are followed, but never to a
+    folder that the way there leads through.
+    """
+    try:
+        here = os.stat(os.path.join(folder, name))
+        entries = os.listdir(os.path.join(folder, name))
+    except OSError as e:
+        fail(f"cannot read {os.path.join(folder, name)}: {e.strerror}", code=1)
+    here = here.st_dev, here.st_ino
+    for entry in entries if here not in above else ():
+        if not hidden(entry):
+            inner = f"{name}/{entry}" if name else entry
+            if os.path.isdir(os.path.join(folder, inner)):
+                yield from files_below(folder, inner, (*above, here))
+            else:
+                yield inner
+
+
+def zip_name(info):
+    """Name of a zip's member as it was meant: some writers set no mark for UTF-8, some put \\ between folders."""
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:                # of an unknown alphabet, where a \\ may be half a letter
+            return name
+    return name.replace("\\", "/")
+
+
+def hashed_order(names):
+    """The names (list of str) in the order of a hash of theirs in Unicode's NFC."""
+    key = lambda name: hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    return sorted(sorted(names), key=key)
+
+
+def open_images(path):
+    """
+    The Images of a folder, a zip or an array file. Counted are all files of IMAGE_FORMATS but hidden ones; a note tells
+    how many others there are. Exit code 2 if there is no such file, 1 if it holds no image.
+    """
     if not os.path.exists(path):
-        fail(f"{path} does not exist; needed: a folder or a .zip of png, jpg or webp images")
+        fail(f"{path} does not exist; needed: a folder or a .zip of images, or an .npz of them")
+    if is_array_file(path):
+        array = array_images(path)
+        return Images(path, hashed_order(map(str, range(len(array)))),
+                      lambda name: Image.fromarray(array[int(name)]), lambda name: f"{path}, image {name}")
     if os.path.isdir(path):
-        names = [os.path.relpath(os.path.join(d, f), path) for d, _, files in os.walk(path) for f in files]
-        opener = lambda name: open(os.path.join(path, name), "rb")
+        stored, unseen = {name: os.path.join(path, name) for name in files_below(path)}, ""
+        opener = lambda member: open(member, "rb")
     elif zipfile.is_zipfile(path):          # its members are read, never unpacked to where their names point
         try:
             archive = zipfile.ZipFile(path)
         except Exception as e:              # a damaged directory can raise anything
             fail(f"{path} is not a readable zip ({str(e)[:80]})", code=1)
-        names, opener = archive.namelist(), archive.open
+        every = {zip_name(info): info for info in archive.infolist() if not info.is_dir()}
+        stored = {name: info for name, info in every.items() if not hidden(name)}
+        unseen = f" ({len(every) - len(stored)} hidden files do not count)" if len(every) > len(stored) else ""
+        opener = archive.open
     else:
-        fail(f"{path} is neither a folder nor a zip file; needed: png, jpg or webp images in one of these")
-    names = sorted(n for n in names if n.lower().endswith(IMAGE_ENDINGS) and not n.startswith("__MACOSX"))
+        fail(f"{path} is neither a folder nor a zip file; needed: images in one of these")
+
+    formats = {ending: form for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
+    ending = lambda name: os.path.splitext(name)[1].lower()
+    names = [name for name in stored if ending(name) in formats]
+    jsons = sorted((name for name in stored if posixpath.basename(name) == "dataset.json"), key=lambda k: k.count("/"))
+    others = Counter(ending(name) or "no ending" for name in stored if ending(name) not in formats)
+    others[".json"] -= len(jsons)
+    left_out = f"{others.total()} files of other kinds ({', '.join(sorted(+others)[:5])})"
     if not names:
-        fail(f"{path} holds no image; needed: png, jpg or webp files, flat or in one sub-folder per class", code=1)
-    return names, opener
+        fail(f"{path} holds no image{f', but {left_out}' if others.total() else ''}{unseen}; needed: png, jpg, webp or "
+             "other images that are not hidden, flat or in one sub-folder per class", code=1)
+    if others.total():
+        note(f"{path}: {len(names)} images; {left_out} were left out")
+
+    # A set that was zipped with the folder around it is the same set.
+    clean = {posixpath.normpath("/" + name.lstrip("/")): name for name in names}
+    around = posixpath.commonpath(posixpath.dirname(name) for name in clean).rstrip("/")
+    inner = {name[len(around) + 1:]: member for name, member in clean.items()}
+    labels = None
+    if jsons:
+        with reading(os.path.join(path, jsons[0])), opener(stored[jsons[0]]) as f:
+            labels = tool_labels(json.load(f), jsons[0], inner)
+
+    def read(name):
+        with opener(stored[inner[name]]) as f:
+            own = formats[ending(name)]
+            allowed = [form for form in dict.fromkeys((own, *IMAGE_FORMATS[:-2])) if form in Image.OPEN]
+            with Image.open(f, formats=allowed) as image:
+                return in_rgb(image)
+
+    return Images(path, hashed_order(inner), read, lambda name: os.path.join(path, inner[name]), labels)
 
 
-def image_classes(path, names):
-    """Classes of a listing: names of the sub-folders in alphabetical order ([] if flat) and labels int64 (N,)."""
-    folders = [os.path.dirname(n) for n in names]
+def tool_labels(found, where, inner):
+    """
+    {name: label} of a dataset.json, as the dataset tool of StyleGAN and EDM2 writes it: pairs of a name, from the
+    folder of the file `where`, and a label. inner: {name in the set: name in the folder or zip}. None if it is another
+    file.
+    """
+    if not isinstance(found, dict) or "labels" not in found:
+        return None
+    pairs = found["labels"] or []
+    pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    named = lambda pair: isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+    if not isinstance(pairs, list) or not all(map(named, pairs)):
+        return None
+    top = len(where) - len("dataset.json")
+    known = {name.replace("\\", "/"): label for name, label in pairs}
+    labels = {name: known.get(member[top:]) for name, member in inner.items()}
+    if known and all(label is None for label in labels.values()):        # names of something else
+        return None
+    return labels if known else {}
+
+
+def in_rgb(image):
+    """An open image of any mode, read, in RGB."""
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width * image.height} pixels, the most is {Image.MAX_IMAGE_PIXELS}")
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels are of 32 bits; save it with 8 or 16")
+    if image.mode.startswith("I"):          # 16 bits, which convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":                   # convert() to RGB warns where the palette has transparent colours
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def image_classes(images):
+    """
+    Classes of Images ([] if flat) and labels int64 (N,). The classes are the sub-folders of the set, in the order of
+    numbers if all are numbers, else of the alphabet; or what dataset.json says, whose labels are numbers from 0 on.
+    """
+    if images.labels is not None:
+        labels = [images.labels.get(name) for name in images.names]
+        if not images.labels:
+            return [], torch.zeros(len(labels), dtype=torch.int64)
+        if None in labels:
+            fail(f"{images.path}: dataset.json has no label for {images.place(images.names[labels.index(None)])}; mend "
+                 "or remove it", code=1)
+        if all(isinstance(y, list) and sorted(y)[-1:] == [1] and sum(map(bool, y)) == 1 for y in labels):
+            labels = [y.index(1) for y in labels]                       # one-hot
+        if not all(isinstance(y, int) and 0 <= y < 2**20 for y in labels):
+            fail(f"{images.path}: the labels of dataset.json are no classes, numbers from 0 on; remove it", code=1)
+        empty = sorted(set(range(max(labels))) - set(labels))
+        if empty:
+            note(f"{images.path}: dataset.json has labels up to {max(labels)}, but no image of class {listed(empty)}")
+        return [str(k) for k in range(max(labels) + 1)], torch.tensor(labels)
+    folders = [name.split("/")[0] if "/" in name else "" for name in images.names]
     classes = sorted(set(folders))
     if len(classes) > 1 and "" in classes:
-        fail(f"{path} has images beside sub-folders ({names[folders.index('')]}); "
+        fail(f"{images.path} has images beside sub-folders ({images.place(images.names[folders.index('')])}); "
              "needed: all images flat, or all in one sub-folder per class", code=1)
-    return classes if len(classes) > 1 else [], torch.tensor([classes.index(f) for f in folders])
+    if all(k.isdecimal() for k in classes):
+        classes.sort(key=lambda k: (int(k), k))
+    places = {k: i for i, k in enumerate(classes)}
+    return classes if len(classes) > 1 else [], torch.tensor([places[k] for k in folders])
+
+
+def listed(classes):
+    """Names of classes for people: all, or the first ten and the last."""
+    return ", ".join(map(str, classes if len(classes) <= 12 else [*classes[:10], "..", classes[-1]]))
 
 
 def is_statistics(real):
-    """Whether real data are a file of statistics, not images."""
-    return real.endswith((".npz", ".pkl"))
+    """Whether real data are a file of statistics, not images; a file that is not there counts by its ending."""
+    if real == "tiny" or not is_array_file(real):
+        return False
+    return not os.path.isfile(real) or not {"mu", "sigma", "fid", "fd_dinov2"}.isdisjoint(read_arrays(real).keys())
 
 
 def check_classes(real, num_classes):
     """A folder with sub-folders must have as many as the model has classes; anything else has no classes to compare."""
     if real != "tiny" and not is_statistics(real):
-        classes, _ = image_classes(real, list_images(real)[0])
+        classes, _ = image_classes(open_images(real))
         if classes and len(classes) != num_classes:
-            fail(f"{real} has {len(classes)} classes (sub-folders), the model {num_classes}; "
+            fail(f"{real} has {len(classes)} classes ({listed(classes)}), the model {num_classes}; "
                  f"make a base for it: python models.py --real {real} --out base.pt", code=1)
+        if classes:
+            print0(f"{real}: {len(classes)} classes, in this order: {listed(classes)}")
 
 
-def image_batches(path, size, start=0, step=1, limit=0, batch_size=250):
+def image_batches(images, size=None, start=0, step=1, limit=0, batch_size=250):
     """
-    Yields images start, start + step, .. of a folder or zip (at most `limit`), short side resized to `size` and
-    centre-cropped: uint8 (b, 3, size, size); size None: as they are, all of one size. One that cannot be read, or has
-    another size, ends the script with exit code 1 and its name.
+    Yields images start, start + step, .. of Images (at most `limit`), short side resized to `size` and centre-cropped:
+    uint8 (b, 3, size, size). size None: as they are; a batch of several sizes is a list of uint8 (3, H, W). One that
+    cannot be read ends the script with exit code 1 and its name. b is batch_size, or less if the images are large.
     """
-    names, opener = list_images(path)
-    names = names[start::step][:limit or None]
-    for i in range(0, len(names), batch_size):
-        batch = []
-        for name in names[i:i + batch_size]:
+    batch, pixels = [], 0
+    names = images.names[start::step][:limit or None]
+    for name in names:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", Image.DecompressionBombWarning)      # 89 million pixels
-                    with opener(name) as f, Image.open(f, formats=("PNG", "JPEG", "WEBP")) as image:
-                        if image.mode.startswith("I"):                  # 16 bits, which convert() would cut off at 255
-                            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                        fitted = image.convert("RGB")
-                if size:
-                    fitted = ImageOps.fit(fitted, (size, size), Image.Resampling.BICUBIC)
+                image = images.read(name)
+                if size and image.size != (size, size):
+                    note(f"{images.path}: images are resized to {size} x {size} (short side, then the centre)")
+                    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            except MemoryError:
+                raise
             except Exception as e:          # a damaged image can raise anything
-                fail(f"{os.path.join(path, name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
-            batch.append(np.asarray(fitted).transpose(2, 0, 1))
-            if batch[-1].shape != batch[0].shape:
-                fail(f"{os.path.join(path, name)} is of another size than {names[i]}: resize them to one", code=1)
-        yield torch.from_numpy(np.stack(batch))
+                fail(f"{images.place(name)} is not a readable image ({str(e)[:80]}); mend or remove it", code=1)
+        for w in warned:
+            if str(w.message) not in WARNED:
+                WARNED.add(str(w.message))
+                note(f"{images.place(name)}: {' '.join(str(w.message).split())} (said once)")
+        batch.append(torch.from_numpy(np.array(image).transpose(2, 0, 1)))
+        pixels += image.width * image.height
+        if len(batch) == batch_size or pixels >= 2**25 or name is names[-1]:
+            yield torch.stack(batch) if len({x.shape for x in batch}) == 1 else batch
+            batch, pixels = [], 0
 
 
 # ---- Load and save --------------------------------------------------------------------------------------------------
@@ -833,8 +1076,11 @@ def read_checkpoint(path):
     """The dict in a .pt file, without running code. Exit code 2 if there is no such file, 1 if it is no checkpoint."""
     if not os.path.isfile(path):
         fail(f"no checkpoint {path!r}; needed: a .pt or .pkl file, its URL, or the name of one in {ASSETS}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):        # SiT's train.py keeps its arguments
+    numbers = [np.dtype(kind) for kind in ("f8", "f4", "f2", "i8", "i4", "u1")]
+    arrays = [np.zeros(1).__reduce__()[0], np.ndarray, np.dtype, *map(type, numbers)]
+    named = [(arrays[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    try:                                    # SiT's train.py keeps its arguments, others keep arrays of numpy
+        with torch.serialization.safe_globals([argparse.Namespace, *arrays, *named]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                  # a damaged file can raise anything
         fail(f"{path} is not a PyTorch checkpoint of tensors alone ({refusal(e)})", code=1)
@@ -891,6 +1137,8 @@ def restore(x, done):
             found = flat.as_strided(size, stride, offset)
         elif kind == "_reconstruct":
             _, shape, dtype, fortran, data = x.state
+            if dtype.args[0] == "O8" and shape == ():                   # how numpy saves a dict
+                return restore(data[0], done)
             if not re.fullmatch(r"[fiu][1248]|b1", dtype.args[0]) or dtype.state[1] not in "<>|":
                 raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({dtype.args[0]!r})")
             values = np.frombuffer(data, dtype.state[1] + dtype.args[0]).reshape(shape, order="F" if fortran else "C")
@@ -951,33 +1199,55 @@ def fetch(url):
 
 
 def stored_parts(path):
-    """What a checkpoint of either family holds, {ema: tensors by name in the file's dtype, heads or init_kwargs}."""
+    """
+    What a checkpoint holds: ema {name: tensor in the file's dtype}, and init_kwargs (EDM2), heads, args, .. as far as
+    the file has them. Of several sets of weights the averaged one is taken; names lose what wrappers put before them.
+    """
     asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
     path = asset if os.path.isfile(asset) else fetch(path) if path.startswith(("https://", "file://")) else path
-    if path.endswith(".pkl"):
+    if path.lower().endswith(".pkl"):
         network = read_pickle(path)
         try:
             return dict(ema=module_tensors(network["ema"]), init_kwargs=network["ema"]["state"]["_init_kwargs"])
         except Exception as e:
             fail(f"{path} holds no EDM2 network ({type(e).__name__}: {str(e)[:80]})", code=1)
-    parts = read_checkpoint(path)
+    if path.lower().endswith(".safetensors") and os.path.isfile(path):
+        parts = read_safetensors(path)
+    else:
+        parts = read_checkpoint(path)
+    # {model, ema}, {state_dict}, {ema: {module}}: the weights are in the file's dict or in one inside it.
+    inside = [(str(k), v) for k, v in parts.items() if isinstance(v, dict)] if isinstance(parts, dict) else []
+    inside += [(f"{k}.{inner}", v) for k, outer in inside for inner, v in outer.items() if isinstance(v, dict)]
+    inside.sort(key=lambda kv: ("ema" not in kv[0], kv[0] not in ("state_dict", "model")))
+    for where, state in [*inside, ("", parts if isinstance(parts, dict) else {})]:
+        # module.x_embedder.proj.weight: what is before the name is a wrapper's; ema_model. goes before model.
+        found = [k.removesuffix(last) for k in state if isinstance(k, str)
+                 for last in ("x_embedder.proj.weight", "unet.out_gain") if k == last or k.endswith("." + last)]
+        if found:
+            prefix = min(found, key=lambda prefix: ("ema" not in prefix, len(prefix)))
+            if any("ema" in str(k) for k in parts) and "ema" not in where + prefix and where:
+                note(f"{path} has averaged weights in a form unknown here; those of {where!r} are used")
+            weights = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
+            weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}     # of REPA's training
+            return dict(parts if where else {}, ema=weights)
     if not isinstance(parts, dict) or not isinstance(parts.get("ema", parts), dict):
         fail(f"{path} is no SiT or EDM2 of this version: needed is a dict of tensors, flat or under 'ema'", code=1)
     return parts if "ema" in parts else dict(ema=parts)
 
 
-def load(path="", device="cpu"):
+def load(path="", device="cpu", heads=0, classes=0):
     """
     A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or EDM2 .pkl, one
-    of ours, or the URL of one. It has .family, .shape (C, H, W) and .num_classes; labels run from 0 to num_classes,
-    which is the null class.
+    of ours, a .safetensors, or the URL of one. It has .family, .shape (C, H, W), .num_classes and .classes, their names
+    if known; labels run from 0, and num_classes is the null class if .null. heads and classes of a SiT: what its file
+    does not tell, or tells wrongly; 0: as the file says, else the official number for its width, and a null class.
     """
     parts = stored_parts(path)
     state = parts["ema"]
     try:
         with torch.device("meta"):          # no memory until all shapes are known to fit
             edm2 = "init_kwargs" in parts
-            model = edm2_like(state, parts["init_kwargs"]) if edm2 else sit_like(state, parts.get("heads"))
+            model = edm2_like(state, parts["init_kwargs"]) if edm2 else sit_like(parts, heads, classes)
         wanted = model.state_dict()
         misshapen = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
         wrong = {"lacks": wanted.keys() - state.keys(), "has unknown": state.keys() - wanted.keys(),
@@ -988,6 +1258,7 @@ def load(path="", device="cpu"):
         if said:
             raise ValueError("; ".join(said))
         model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+        model.classes = [str(k) for k in parts.get("classes") or []]
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
         said = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
         fail(f"{path} is no SiT or EDM2 of this version: {said}", code=1)
@@ -1004,17 +1275,33 @@ def module_tensors(module):
     return found
 
 
-def sit_like(state, heads):
-    """A SiT whose sizes are those of the tensors in `state`; heads=None: the official number for that width."""
+def sit_like(parts, heads, classes):
+    """A SiT whose sizes are those of the tensors in a checkpoint's parts; heads, classes: as load()'s."""
+    state, args = parts["ema"], {}
+    for told in (parts.get(key) for key in ("config", "hyper_parameters", "args")):
+        args |= vars(told) if isinstance(told, argparse.Namespace) else told if isinstance(told, dict) else {}
+    kind = [str(args.get(key) or usual) for key, usual in (("path_type", "Linear"), ("prediction", "velocity"))]
+    if kind[0].lower() != "linear" or kind[1].lower() not in ("velocity", "v"):
+        raise ValueError(f"its args say path {kind[0]} and prediction {kind[1]}; needed are Linear and velocity")
     width, C, patch, _ = state["x_embedder.proj.weight"].shape
     grid = math.isqrt(state["pos_embed"].shape[1])
-    num_classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     rows = state["final_layer.linear.weight"].shape[0]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    heads = heads or {f"heads for width {w}": h for _, w, h in SIT_SIZES.values()}[f"heads for width {width}"]
+    heads = heads or parts.get("heads") or {w: h for _, w, h in SIT_SIZES.values()}.get(width)
+    if heads is None:
+        raise ValueError(f"its width, {width}, is none of the official ones, and nothing tells the heads; add --heads")
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads for width {width}")
-    return SiT(depth, width, heads, (C, grid * patch, grid * patch), patch, num_classes, rows == 2 * patch**2 * C)
+    labels = state["y_embedder.embedding_table.weight"].shape[0]
+    if labels < 1:
+        raise ValueError("its table has no labels")
+    told = int(classes or args.get("num_classes") or parts.get("num_classes") or max(1, labels - 1))
+    if told not in (labels, labels - 1) and (classes or labels > 1):
+        raise ValueError(f"its table has {labels} labels, neither {told} classes nor {told} and a null class; add "
+                         f"--classes {labels - 1}, or {labels} if there is no null class")
+    told = min(told, labels)                            # of a single label the args of an official file still say 1000
+    side = grid * patch
+    return SiT(depth, width, heads, (C, side, side), patch, told, rows == 2 * patch**2 * C, told < labels)
 
 
 def edm2_like(state, init_kwargs):
@@ -1060,8 +1347,9 @@ def save(path, model, dtype=None, **extra):
     """
     params = dict(model.named_parameters())
     state = {k: v.to(dtype if dtype and k in params else v.dtype) for k, v in model.state_dict().items()}
-    sizes = dict(heads=model.blocks[0].attn.heads) if model.family == "sit" else dict(init_kwargs=model.init_kwargs)
-    write(path, dict(ema=state, **sizes, **extra))
+    sizes = dict(init_kwargs=model.init_kwargs) if model.family == "edm2" else dict(
+        heads=model.blocks[0].attn.heads, num_classes=model.num_classes)
+    write(path, dict(ema=state, classes=model.classes, **sizes, **extra))
 
 
 # ---- What every script shares: command line, process group, printing ------------------------------------------------
@@ -1096,6 +1384,8 @@ def parse(name, default, text):
         if text.lower() in ("true", "1", "yes", "false", "0", "no"):
             return text.lower() in ("true", "1", "yes")
         fail(f"--{name}={text}: needed is true or false")
+    if isinstance(default, str):
+        return os.path.expanduser(text)                                 # --real=~/images reaches us as it is
     try:
         value = type(default)(text)
     except ValueError:
@@ -1129,7 +1419,7 @@ def configure(namespace, argv):
         following = list(itertools.takewhile(lambda w: not w.startswith("--"), words))
         if isinstance(config[name], list):
             taken = value.split(",") if given else following
-            config[name] = [w for w in taken if w]
+            config[name] = [os.path.expanduser(w) for w in taken if w]
             words = words if given else words[len(following):]
         elif isinstance(config[name], bool) and not given:
             config[name] = True
@@ -1156,25 +1446,68 @@ def writable(path):
         fail(f"cannot write {path}: needed is a file name in a folder that can be written to")
 
 
+def holds_run(folder, precious, used=()):
+    """
+    Whether a run that is about to start meets one of the `precious` files of another in its folder; it says so. `used`
+    are files that it starts from: they may not be those that would be lost.
+    """
+    found, before = [name for name in precious if os.path.exists(os.path.join(folder, name))], os.path.join(
+        folder, "previous")
+    for path in used if found else ():
+        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(before):
+            fail(f"{path} is in {before}, which the run in {folder} is about to take; copy it elsewhere, or name "
+                 "another --out")
+    if found:
+        print0(f"{os.path.join(folder, found[0])} is of a run before: as this one starts, its files move to {before}, "
+               "in place of what is there")
+    return bool(found)
+
+
+def move_aside(folder, names):
+    """Files `names` of the run before go to folder/previous, one generation. Rank 0 moves, the others wait."""
+    before = os.path.join(folder, "previous")
+    if dist.get_rank() == 0:
+        try:
+            os.makedirs(before, exist_ok=True)
+            for name in names:
+                old, new = os.path.join(before, name), os.path.join(folder, name)
+                shutil.rmtree(old) if os.path.isdir(old) else os.path.exists(old) and os.remove(old)
+                os.path.exists(new) and os.replace(new, old)
+        except OSError as e:
+            fail(f"cannot move the run in {folder} to {before} ({e.strerror}); name another --out")
+    dist.barrier()
+
+
+def of_the_run_before(path, folder):
+    """Where move_aside() has put a file of the folder; any other path as it is."""
+    moved = os.path.join(folder, "previous", os.path.basename(path))
+    inside = os.path.abspath(os.path.dirname(path)) == os.path.abspath(folder)
+    return moved if inside and os.path.isfile(moved) else path
+
+
 class Stop:
     """
     SIGTERM and SIGINT end the script with one line and exit code 128 + number; while it is .patient, the first only
-    leaves its .number, so that a loop can end where everything is whole.
+    leaves its .number, so that a loop can end where everything is whole. So does a lack of memory, with code 1.
     """
-    def __init__(self):
-        self.number, self.patient = 0, False
+    def __init__(self, then="", smaller="--batch_size"):
+        self.number, self.patient, self.then, self.smaller = 0, False, then, smaller
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.came) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        said = " ".join(str(error).split())
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said:
+            fail(f"out of memory ({said[:100] or kind.__name__}); lower {self.smaller}", code=1)
 
     def came(self, number, frame):
         if not self.patient or self.number:
-            fail(f"stopped by {signal.Signals(number).name}; go on with --resume", code=128 + number)
+            fail(f"stopped by {signal.Signals(number).name}{self.then}", code=128 + number)
         self.number = number
 
 
@@ -1266,23 +1599,48 @@ def gather(x, total):
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
-def print0(*args):
+def encodable(text):
+    """The text with a ? for what the screen cannot show: names of files may hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def print0(text):
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*args, flush=True)
+        print(encodable(text), flush=True)
+
+
+@lru_cache(maxsize=None)
+def note(text):
+    """A line for people from rank 0, once, however often it comes up."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(encodable(f"note: {text}"))
+
+
+def peak_memory():
+    """The most memory this process has held, in GB (on a GPU the card's); nan where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    scale = 2**30 if sys.platform == "darwin" else 2**20                # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale if resource else math.nan
 
 
 def announce(done, total, unit, seconds):
     """Say how long all of a run will take, if over three minutes, after its first part, and the memory that it took."""
     if done < total and seconds * total / done > 180 and dist.get_rank() == 0:
-        cuda = torch.cuda.is_available()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
         tqdm.write(f"first {done} of {total} {unit} in {seconds:.1f} s: all in about {seconds * total / done / 60:.1f} "
-                   f"minutes; memory so far {peak:.2f} GB")
+                   f"minutes; memory so far {peak_memory():.2f} GB")
 
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    with Stop("; repeat the command with --resume to go on from the last eighth"):
+        run(c)
+
+
+def run(c):
+    """Make what the options c ask for: the script."""
     if c.only not in ("all", "features", "base"):
         fail(f"only {c.only!r}: choose all, features or base")
     if c.family not in ("", *PRETRAINING) or (c.ckpt and c.family):
@@ -1314,19 +1672,22 @@ def make_base(c, family, path, make_assets):
     """Pre-train a base of this family (or go on with --ckpt), judged at every eighth; writes `path`, as an asset also
     its snapshots."""
     from fid import evaluate, feature_net, real_summaries
-    given = load(c.ckpt) if c.ckpt else None        # better to know before images are read or drawn
+    names = [os.path.basename(path), os.path.basename(path) + ".state"]
+    met = not (make_assets or c.resume) and holds_run(os.path.dirname(path), names, [c.ckpt])
+    given = load(c.ckpt, heads=c.heads, classes=c.classes) if c.ckpt else None      # before images are read or drawn
     if c.real == "tiny":
         classes, (x, y, _) = [], tiny_images(TRAINING_IMAGES, c.seed, "train")
     else:
-        names, _ = list_images(c.real)
-        classes, y = image_classes(c.real, names)
-        batches = tqdm(image_batches(c.real, SIZE), total=-(-len(names) // 250), desc="reading", unit="batch",
+        found = open_images(c.real)
+        classes, y = image_classes(found)
+        batches = tqdm(image_batches(found, SIZE), total=-(-len(found.names) // 250), desc="reading", unit="batch",
                        disable=None)
         x = torch.cat(list(batches))
     num_classes = len(classes) or int(y.max()) + 1
     if len(x) < 2:
         fail(f"{c.real} holds {len(x)} image; needed are at least 2", code=1)
-    print(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes")
+    print0(f"{len(x)} images of {c.real} at {SIZE} x {SIZE}, {num_classes} classes"
+           + (f", in this order: {listed(classes)}" if classes else ""))
 
     torch.manual_seed(c.seed)
     if c.ckpt:
@@ -1335,7 +1696,9 @@ def make_base(c, family, path, make_assets):
         model = init_sit(SiT(*SIT_SIZES["tiny"], (3, SIZE, SIZE), 4, num_classes))
     else:
         model = EDM2(**dict(EDM2_TINY, label_dim=num_classes))
-    check_classes(c.real, model.num_classes)
+    if classes and len(classes) != model.num_classes:
+        fail(f"{c.real} has {len(classes)} classes, {c.ckpt} {model.num_classes}", code=1)
+    model.classes = classes or model.classes
     c = Config(c, **{name: c[name] or value for name, value in PRETRAINING[model.family].items()})
 
     # When twice the images change FD by less than 5 %, more pre-training is no rival to RL.
@@ -1353,10 +1716,12 @@ def make_base(c, family, path, make_assets):
                   f"(tiny2, {num} images, {row['sampler']}, {row['steps']} steps)", flush=True)
             if make_assets and eighth > 4:              # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), model, torch.float16, images=seen)
-        save(path, averages[BASE_EMA], images=seen, classes=classes)
+        save(path, averages[BASE_EMA], images=seen)
 
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
     state_path = path + ".state"
+    if met:
+        move_aside(os.path.dirname(path), names)
     if os.path.exists(state_path) and not c.resume:
         os.remove(state_path)
     pretrain(model, x, y, c.seed, c.lr, c.lr_matrices, c.lr_knee, c.batch_size, snapshot, c.images, minutes, state_path)

@@ -26,11 +26,13 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from models import (STREAMS, announce, attach_vae, configure, fail, gather, load, pretrain, print0, setup, whole,
-                    writable)
+from models import (STREAMS, Stop, announce, attach_vae, configure, fail, gather, listed, load, pretrain, print0, setup,
+                    whole, writable)
 
 # -----------------------------------------------------------------------------
-ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+ckpt = "" # .pt, .pkl or .safetensors file, its URL or the name of an asset; empty: the tiny base
+heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 num = 100 # images to draw
 sampler = "" # SiT: flow (or any other of FORMS below), euler, heun; EDM2: heun, euler, ancestral; empty: the first
@@ -199,7 +201,7 @@ class Guided(nn.Module):
             null = torch.full_like(y, self.num_classes)
             main, weak = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
         else:
-            main, weak = self.model(x, t, y), self.guide(x, t, y)
+            main, weak = self.model(x, t, y), self.guide(x, t, y if self.guide.num_classes > 1 else torch.zeros_like(y))
         guided = weak + self.scale * (main - weak)
         if self.channels:
             guided = torch.cat([guided[:, :self.channels], main[:, self.channels:]], dim=1)
@@ -212,7 +214,9 @@ def load_guided(c, device):
         fail("--cfg and --guide are two ways to guide; choose one")
     if "guidance" in c.given and not c.guide:
         fail("--guidance is the scale of --guide, which is missing; the scale of the null class is --cfg")
-    model, guide = attach_vae(load(c.ckpt, device), c.vae), None
+    model, guide = attach_vae(load(c.ckpt, device, c.heads, c.classes), c.vae), None
+    if c.cfg != 1.0 and not model.null:
+        fail(f"--cfg={c.cfg}: the model has no null class to guide with; leave it out, or name a network by --guide")
     if not 0 <= c.cfg_channels <= model.shape[0]:
         fail(f"cfg_channels {c.cfg_channels}: the model has {model.shape[0]} channels; 0 means all")
     if c.guide:
@@ -379,6 +383,12 @@ def save_curves(path, curves, x_name, y_name):
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    with Stop():
+        run(c)
+
+
+def run(c):
+    """Draw and save: the script, with its options c."""
     rank, world, device = setup()
     model = load_guided(c, device)
     noise, churn = c.noise or NOISE[model.family], (c.S_churn, c.S_min, c.S_max, c.S_noise)
@@ -386,7 +396,8 @@ def main(argv=None):
     if c.num < world or c.batch_size < 1:
         fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
     if not -1 <= c.label < model.num_classes:
-        fail(f"label {c.label}: the model has classes 0 to {model.num_classes - 1}")
+        fail(f"label {c.label}: the model has classes 0 to {model.num_classes - 1}"
+             + (f" ({listed(model.classes)})" if model.classes else ""))
     writable(os.path.join(c.out, "grid.png"))
     if c.npz:
         writable(c.npz)
@@ -406,7 +417,8 @@ def main(argv=None):
         if c.npz:
             with whole(c.npz) as f:
                 np.savez(f, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
-    print0(f"{c.num} images ({plan.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
+    of = "" if c.label < 0 else f" of class {model.classes[c.label] if model.classes else c.label}"
+    print0(f"{c.num} images{of} ({plan.sampler}, {c.steps} steps, seed {c.seed}) in {seconds:.1f} s, "
            f"{c.num / seconds:.3g} images/s; {os.path.join(c.out, 'grid.png')}" + (f" and {c.npz}" if c.npz else ""))
 
 

@@ -60,14 +60,33 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@contextlib.contextmanager
+def float64():
+    """The scripts' own casts to float32 go to float64: a network and inputs in float64 stay in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+def assert_golden(compute, recorded):
+    """
+    compute(dtype) is {name: what our network says in dtype}, recorded[name] what the official one said in float32. The
+    distance of the two from our float64 is their rounding: the official one's is the same on every processor, so its
+    bound is tight; ours is not, and may be ten times as large.
+    """
+    with torch.no_grad():
+        found = compute(torch.float32)
+        with float64():
+            exact = compute(torch.float64)
+    for name, x in exact.items():
+        official, own = error(recorded[name], x), error(found[name], x)
+        assert found[name].dtype == torch.float32 and x.dtype == torch.float64, name
+        assert official < 2e-6 and own < 10 * max(official, torch.finfo(torch.float32).eps), (name, official, own)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def group():
     models.setup()
-    count, known = train_rl.activations, {}     # many tests train the same network; counting takes longer than they
-    key = lambda model, n, horizon=0, net=None: (
-        *(p.shape for p in model.parameters()), n, horizon, net and net.name, model.bf16, model.scale, *(
-        getattr(m, "checkpointing", None) for m in model.modules()))
-    train_rl.activations = lambda *a: known[key(*a)] if key(*a) in known else known.setdefault(key(*a), count(*a))
     for k, path in enumerate(SNAPSHOTS):        # three checkpoints near the base, as a training run would leave them
         model, rng = models.load(), torch.Generator().manual_seed(k)
         with torch.no_grad():
@@ -79,6 +98,7 @@ def group():
 def run(script, *argv):
     """Exit code, stdout, stderr of a script called in-process as a user types it."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    models.note.cache_clear()                           # a process of its own would say its notes too
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             script.main([str(a) for a in argv])
@@ -598,46 +618,50 @@ def golden_sit():
 def test_sit_golden():
     model, g = golden_sit()
     assert model.shape == (4, 8, 8) and model.num_classes == 10 and model.family == "sit"
-    with torch.no_grad():
-        out = model(*(torch.from_numpy(g[k]) for k in ("x", "t", "y")))
-        x, t, y = (torch.from_numpy(g[k]) for k in ("cfg_x", "cfg_t", "cfg_y"))
-        n = len(x) // 2
-        guided = sample.Guided(model, float(g["cfg_scale"]), 3)(x[:n], t[:n], y[:n])
-    assert error(out, g["out"]) < 3e-6
-    assert error(guided, g["cfg_out"][:n]) < 3e-6
+
+    def compute(dtype):
+        network = model.to(dtype)
+        x, t, cfg_x, cfg_t = (torch.from_numpy(g[k]).to(dtype) for k in ("x", "t", "cfg_x", "cfg_t"))
+        guided, n = sample.Guided(network, float(g["cfg_scale"]), 3), len(cfg_x) // 2
+        return dict(out=network(x, t, torch.from_numpy(g["y"])),
+                    cfg_out=guided(cfg_x[:n], cfg_t[:n], torch.from_numpy(g["cfg_y"][:n])))
+
+    assert_golden(compute, dict(out=g["out"], cfg_out=g["cfg_out"][:len(g["cfg_x"]) // 2]))
 
 
-def replay(model, g, plan, noise, labels):
-    """A sampler's states with the recorded normals in place of its own."""
-    x, xs = torch.from_numpy(g["init_noise"]), []
-    with torch.no_grad():
-        for k in range(len(plan.t)):
-            mean, std = sample.gaussian_step(plan, k, x, model(x, plan.t[k].expand(len(x)), labels))
-            x = mean + std * torch.from_numpy(noise[k]) if plan.std[k] > 0 else mean
-            xs.append(x)
+def replay(model, x, plan, noise, labels):
+    """A sampler's states from x, with the recorded normals in place of its own."""
+    xs = []
+    for k in range(len(plan.t)):
+        mean, std = sample.gaussian_step(plan, k, x, model(x, plan.t[k].expand(len(x)).to(x), labels))
+        x = mean + std * torch.from_numpy(noise[k]) if plan.std[k] > 0 else mean
+        xs.append(x)
     return torch.stack(xs)
 
 
 def test_sde_golden():
     model, g = golden_sit()
-    labels = torch.from_numpy(g["labels"])
-    plan = sample.schedule("sigma", 12)
-    assert error(plan.t, g["sde_t"]) < 1e-6
-    assert error(replay(model, g, plan, g["sde_noise"], labels), g["sde_sigma_xs"]) < 1e-5
-    for form in ("linear", "decreasing", "constant"):
-        xs = replay(model, g, sample.schedule(form, 12), g["sde_noise"], labels)
-        assert error(xs[[0, 6, 10, 11]], g[f"sde_{form}_xs"]) < 1e-5, form
+    forms = {"sigma": slice(None), "linear": [0, 6, 10, 11], "decreasing": [0, 6, 10, 11], "constant": [0, 6, 10, 11]}
+    start, labels = torch.from_numpy(g["init_noise"]), torch.from_numpy(g["labels"])
+    assert error(sample.schedule("sigma", 12).t, g["sde_t"]) < 1e-6
+    assert_golden(lambda dtype: {form: replay(
+        model.to(dtype), start.to(dtype), sample.schedule(form, 12), g["sde_noise"], labels)[kept]
+        for form, kept in forms.items()}, {form: g[f"sde_{form}_xs"] for form in forms})
 
 
 def test_ode_golden():
     model, g = golden_sit()
-    labels = torch.from_numpy(g["labels"])
-    assert error(replay(model, g, sample.schedule("euler", 9), None, labels), g["ode_euler_xs"][1:]) < 1e-5
-    start = torch.from_numpy(g["init_noise"])
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch, "randn", lambda *a, generator=None, **k: start[generator.initial_seed()])
-        xs = [x for x, _ in sample.trajectory(model, list(range(len(start))), labels, sample.schedule("heun", 9))]
-    assert error(torch.stack(xs), g["ode_heun_xs"]) < 1e-5
+    start, labels = torch.from_numpy(g["init_noise"]), torch.from_numpy(g["labels"])
+
+    def compute(dtype):
+        network = model.to(dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *a, generator=None, **k: start[generator.initial_seed()].to(dtype))
+            heun = [x for x, _ in sample.trajectory(network, range(len(start)), labels, sample.schedule("heun", 9))]
+        return dict(euler=replay(network, start.to(dtype), sample.schedule("euler", 9), None, labels),
+                    heun=torch.stack(heun))
+
+    assert_golden(compute, dict(euler=g["ode_euler_xs"][1:], heun=g["ode_heun_xs"]))
 
 
 def test_sigma_form_is_its_closed_form():
@@ -691,13 +715,16 @@ def test_no_noise_is_the_ode():
 
 
 def test_image_is_its_seed():
-    model = models.load()
+    """In float64, where the rounding of another batch moves no pixel to its neighbour; in float32 it moves a few."""
     seeds = sample.image_seeds(0, "select", range(12))
-    whole = torch.cat(list(sample.generate(model, seeds, batch_size=12))).int()
-    parts = torch.cat(list(sample.generate(model, seeds, batch_size=5))).int()
-    assert (whole - parts).abs().max() <= 1 and (whole != parts).float().mean() <= 1e-4
-    alone = torch.cat(list(sample.generate(model, seeds[7:8], torch.tensor([7])))).int()
-    assert (whole[7] - alone[0]).abs().max() <= 1
+    for dtype, most in ((torch.float64, 0), (torch.float32, 1)):
+        with pytest.MonkeyPatch.context() as patch, float64() if dtype == torch.float64 else contextlib.nullcontext():
+            randn = torch.randn
+            patch.setattr(torch, "randn", lambda *a, **k: randn(*a, **k).to(dtype))
+            model = models.load().to(dtype)
+            whole, parts = (torch.cat(list(sample.generate(model, seeds, batch_size=n))).int() for n in (12, 5))
+            alone = torch.cat(list(sample.generate(model, seeds[7:8], torch.tensor([7])))).int()
+        assert (whole - parts).abs().max() <= most and (whole[7] - alone[0]).abs().max() <= most
     assert len(set(sample.image_seeds(0, "train", range(1000)) + sample.image_seeds(0, "report", range(1000))
                    + sample.image_seeds(1, "report", range(1000)))) == 3000
 
@@ -734,8 +761,7 @@ def test_surrogate_gradient_is_that_of_the_expected_reward():
         x_next = mean + std * nodes.view(-1, 1, 1, 1)
     part = dict(x=x, x_next=x_next, k=torch.zeros(40, dtype=torch.int64), y=torch.zeros(40, dtype=torch.int64),
                 advantage=weights * reward_of(x_next.flatten()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)       # the loss in float64, for the finite difference
+    with float64():                                                     # for the finite difference
         loss, _, _ = train_rl.ppo_loss(model, part, None, plan, 0.2)
     loss.sum().backward()
     for i in range(2):
@@ -778,37 +804,18 @@ def test_checkpointing_changes_memory_alone(family):
     for on in (False, True):
         saved, call = {}, checkpointed(model, on)
         params = [p for p in model.parameters() if p.requires_grad]
-        known = {p.untyped_storage()._cdata for p in params}
+        known = {p.untyped_storage().data_ptr() for p in params}
 
         def pack(t):
-            saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), train_rl.Peak(params) as counted:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = call(x, torch.linspace(0.1, 0.9, 24), y).square().sum()
-            grads = torch.autograd.grad(loss, params, allow_unused=True)
         kept = sum(size for key, size in saved.items() if key not in known)
-        estimate, most = train_rl.activations(model, 24), counted.peak
-        held = sum(g.untyped_storage().nbytes() for g in grads if g is not None)
-        assert most - held < 1.02 * estimate and estimate < 1.05 * most, (estimate, most, held)
-        if not on:
-            assert 1 <= estimate / kept < 1.2, (estimate, kept)
-        found[on] = grads, estimate
+        found[on] = torch.autograd.grad(loss, params, allow_unused=True), kept
     assert all(a is b or torch.equal(a, b) for a, b in zip(found[0][0], found[1][0])), "the same gradients, bit for bit"
     assert found[1][1] < 0.45 * found[0][1]
-
-
-def test_memory_of_the_papers_run():
-    """SiT-XL/2 at the README's command needs a third of 80 GB."""
-    with torch.device("meta"):
-        model = models.SiT(*models.SIT_SIZES["XL"], (4, 32, 32), 2, 1000, True)
-    model = sample.Guided(model.to_empty(device="cpu"))                 # memory that is never touched
-    command, = re.findall(r"-- train_rl.py (.*SiT-XL.*)", open(os.path.join(ROOT, "README.md")).read())
-    c = models.configure(dict(vars(train_rl)), command.split())
-    said = train_rl.memory_estimate(c, model, types.SimpleNamespace(dim=2048),
-                                    {c.sampler: sample.schedule(c.sampler, 50)}, 8)
-    (total, most), = re.findall(r"per rank (\S+) GB.*activations ([\d.]+)", said)
-    assert sum(p.numel() for p in model.parameters()) > 675e6 and 20 < float(total) < 30 and 9 < float(most) < 11, said
 
 
 @pytest.mark.parametrize("family", ["sit", "edm2"])
@@ -833,7 +840,7 @@ def test_bfloat16_of_the_network_alone(family):
             ratios[form].append(replayed - rolled)
         ratios["bfloat16"].append(sample.log_prob(*(x.bfloat16() for x in (states[k + 1], mean, std))) - rolled)
     spread = {form: torch.cat(x).std().item() for form, x in ratios.items()}
-    assert spread["replay"] < 0.02 and 0.005 < spread["float32"] < 0.6 and spread["bfloat16"] > 1.5, spread
+    assert max(4 * spread["replay"], 0.005) < spread["float32"] < spread["bfloat16"] / 4, spread
 
 
 def test_bfloat16_keeps_the_guard_exact(tmp_path):
@@ -845,7 +852,8 @@ def test_bfloat16_keeps_the_guard_exact(tmp_path):
         assert code == 0, err
         rows[len(option)] = json.loads(open(tmp_path / "log.jsonl").read())
     assert 0 < rows[1]["kl"] < 5 * rows[0]["kl"] < 1e-2 and rows[1]["halvings"] == 0, rows
-    assert abs(rows[1]["fd"] / rows[0]["fd"] - 1) < 0.02 and rows[1]["fd"] != rows[0]["fd"], rows
+    # Each of the four steps is rounded to 8 bits.
+    assert 0 < abs(rows[1]["fd"] / rows[0]["fd"] - 1) < 4 * torch.finfo(torch.bfloat16).eps, rows
     assert all(v.dtype == torch.float32 for v in models.load(str(tmp_path / "ckpt.pt")).state_dict().values())
 
 
@@ -942,13 +950,15 @@ def test_advantage_one_is_training_on_the_images():
     model, plan, labels, states, _ = rolled_out(10, "euler")
     rng = torch.Generator().manual_seed(0)
     pairs = train_rl.forward_pairs(model, states, labels, torch.ones(10), 1, 1.0, rng, 0, 1)
-    gradients = []
-    for loss in (lambda: train_rl.forward_loss(model, pairs, None, 1.0)[0].mean(),
-                 lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean() / 2):
-        model.zero_grad()
-        loss().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert error(*gradients) < 1e-4
+    pairs = {k: v.double() if v.is_floating_point() else v for k, v in pairs.items()}
+    model, gradients = model.double(), []
+    with float64():
+        for loss in (lambda: train_rl.forward_loss(model, pairs, None, 1.0)[0].mean(),
+                     lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean() / 2):
+            model.zero_grad()
+            loss().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert error(*gradients) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["flow", "euler"])
@@ -1026,15 +1036,218 @@ def test_folder_and_zip_are_the_same(tmp_path):
         for d, _, files in os.walk(folder):
             for f in files:
                 z.write(os.path.join(d, f), os.path.relpath(os.path.join(d, f), folder))
-    a, b = (torch.cat(list(models.image_batches(str(p), 16))) for p in (folder, tmp_path / "f.zip"))
+    a, b = (torch.cat(list(models.image_batches(models.open_images(str(p)), 16))) for p in (folder, tmp_path / "f.zip"))
     assert a.shape == (30, 3, 16, 16) and a.dtype == torch.uint8 and torch.equal(a, b)
-    classes, labels = models.image_classes(folder, models.list_images(folder)[0])
+    classes, labels = models.image_classes(models.open_images(folder))
     assert classes == ["class0", "class1"] and labels.sum() == 15
     sized = [types.SimpleNamespace(name=name, size=size) for name, size in (("tiny", 16), ("inception", None))]
     code, _, err = run(types.SimpleNamespace(main=lambda argv: fid.images_summaries(folder, 0, 10, sized, "cpu")))
     assert code == 2 and "different sizes" in err
-    parts = [torch.cat(list(models.image_batches(folder, 16, k, 2))) for k in (0, 1)]
+    parts = [torch.cat(list(models.image_batches(models.open_images(folder), 16, k, 2))) for k in (0, 1)]
     assert torch.equal(parts[0], a[::2]) and torch.equal(parts[1], a[1::2]), "halves share no image"
+
+
+def png(image=None, **how):
+    """Bytes of a picture, a random one unless given."""
+    data = io.BytesIO()
+    (image or Image.effect_noise((16, 16), 60).convert("RGB")).save(data, how.pop("format", "png"), **how)
+    return data.getvalue()
+
+
+def put(root, files):
+    """Write {name: bytes} below a folder; returns its path."""
+    for name, data in files.items():
+        path = pathlib.Path(root) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(root)
+
+
+def known_of(path):
+    """What is seen of a set of images: their sorted names, classes, and {name: class}."""
+    found = models.open_images(str(path))
+    classes, labels = models.image_classes(found)
+    assert len(list(found.names)) == sum(map(len, models.image_batches(found, 8)))
+    return sorted(found.names), classes, dict(zip(found.names, labels.tolist()))
+
+
+def test_subsets_and_halves_know_nothing_of_names(tmp_path):
+    """
+    200 dark and 200 light images, named so that a sorted listing has one kind first, or both in turn, in folders and in
+    an array: the first 100 and the two halves of the order have as many of both as chance gives.
+    """
+    dark, light = (png(Image.new("RGB", (16, 16), (c, c, c))) for c in (10, 240))
+    kinds = dict(first={f"{k}/{i:03d}.png": data for k, data in (("a", dark), ("b", light)) for i in range(200)},
+                 turn={f"{i:03d}_{k}.png": data for k, data in (("day", dark), ("night", light)) for i in range(200)},
+                 digits={f"{i:04d}.png": (dark, light)[i % 10 < 5] for i in range(400)})
+    paths = [put(tmp_path / name, files) for name, files in kinds.items()]
+    np.savez(tmp_path / "half.npz", arr_0=np.repeat(np.uint8([10, 240]), 200).reshape(-1, 1, 1, 1).repeat(16, 1).repeat(
+        16, 2).repeat(3, 3))
+    for path in (*paths, str(tmp_path / "half.npz")):
+        found = models.open_images(path)
+        values = torch.cat(list(models.image_batches(found, 16)))[:, 0, 0, 0]
+        shares = [(values[part] > 99).double().mean().item()
+                  for part in (slice(100), slice(0, 400, 2), slice(1, 400, 2))]
+        assert all(0.35 < share < 0.65 for share in shares), (path, shares)
+        assert found.names == models.open_images(path).names and len(set(found.names)) == 400
+
+
+def test_an_order_is_that_of_the_names_alone(tmp_path):
+    """The same on every machine: folders, zips of other systems, the folder around it, Unicode's two spellings."""
+    files = {f"{k}/caf\u00e9 {i}.png": png() for k in ("x", "y") for i in range(9)}
+    order = models.open_images(put(tmp_path / "nfc", files)).names
+    assert order == sorted(order, key=lambda name: models.hashlib.sha256(name.encode()).digest()) != sorted(order)
+    decompose = lambda name: models.unicodedata.normalize("NFD", name)
+    other = models.open_images(put(tmp_path / "nfd", {decompose(name): data for name, data in files.items()})).names
+    assert [models.unicodedata.normalize("NFC", name) for name in other] == order
+
+    class Windows(zipfile.ZipInfo):             # backslashes, and names in bytes of UTF-8 without the mark for it
+        def _encodeFilenameFlags(self):
+            return self.filename.replace("/", "\\").encode(), 0
+
+    for name, rename in (("plain.zip", lambda k: k), ("around.zip", lambda k: f"my set/{k}"),
+                         ("dot.zip", lambda k: f"./{k}"), ("finder.zip", lambda k: f"set/{k}"),
+                         ("windows.zip", lambda k: f"deep\\set\\{k}")):
+        with zipfile.ZipFile(tmp_path / name, "w") as z:
+            for key, data in files.items():
+                z.writestr((Windows if name == "windows.zip" else zipfile.ZipInfo)(rename(key)), data)
+            if name == "finder.zip":
+                z.writestr("__MACOSX/set/x/._caf\u00e9 1.png", b"resource fork")
+                z.writestr("set/.DS_Store", b"x")
+        assert models.open_images(str(tmp_path / name)).names == order, name
+        assert known_of(tmp_path / name)[1] == ["x", "y"], name
+
+
+def test_what_counts_as_an_image(tmp_path, capsys):
+    """Hidden files and folders never, links but no loops, all that Pillow decodes; how many others there are."""
+    noise = Image.effect_noise((16, 16), 60).convert("RGB")
+    endings = dict(bmp="bmp", tif="tiff", tiff="tiff", gif="gif", JPEG="jpeg", jfif="jpeg", ppm="ppm", tga="tga",
+                   PNG="png", webp="webp", jp2="jpeg2000", ico="ico")
+    files = {f"{i}.{ending}": png(noise, format=form) for i, (ending, form) in enumerate(endings.items())}
+    hidden = {".ipynb_checkpoints/0-checkpoint.png": png(), "._0.png": b"x", "a/.thumbs/b/0.png": png()}
+    others = {"notes.txt": b"x", "labels.csv": b"x", "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0", "README": b"x"}
+    folder = put(tmp_path / "f", {**files, **hidden, **others})
+    assert len(known_of(folder)[0]) == len(files)
+    said = capsys.readouterr().out
+    assert "12 images; 4 files of other kinds (.csv, .eps, .txt, no ending) were left out" in said, said
+    assert "left out" not in known_of(folder) and "left out" not in capsys.readouterr().out, "once"
+
+    elsewhere = put(tmp_path / "elsewhere", {f"{i}.png": png() for i in range(3)})
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name, target in (("cat", elsewhere), ("dog", elsewhere)):
+        os.symlink(target, linked / name)
+    os.symlink(linked, tmp_path / "elsewhere" / "back")                  # linked/cat/back is linked again
+    os.symlink("../elsewhere/0.png", linked / "cat" / "3.png")
+    names, classes, _ = known_of(linked)
+    assert classes == ["cat", "dog"] and len(names) == 8, names
+    for kind in ("zip", "folder"):
+        text = put(tmp_path / "texts", {"a.npy": b"x", "b.npy": b"x"})
+        if kind == "zip":
+            text = shutil.make_archive(text, "zip", text)
+        assert "holds no image, but 2 files of other kinds (.npy)" in refuses(models.open_images, text)
+    with zipfile.ZipFile(tmp_path / "hidden.zip", "w") as z:
+        z.writestr(".cache/0.png", png())
+    assert "1 hidden files do not count" in refuses(models.open_images, str(tmp_path / "hidden.zip"))
+    for name, image, said in (("large.png", Image.new("1", (12000, 9000)), "the most is 89478485"),
+                              ("deep.tif", Image.fromarray(np.int32([[1, 2**30]])), "pixels are of 32 bits"),
+                              ("float.tif", Image.fromarray(np.float32([[0.5]])), "pixels are of 32 bits")):
+        odd = models.open_images(put(tmp_path / name, {name: png(image, format="tiff" if "tif" in name else "png")}))
+        assert said in refuses(lambda: list(models.image_batches(odd, 8))), name
+
+
+def test_what_counts_as_a_class(tmp_path, capsys):
+    """Numbers in their order, other names in the alphabet's; what is below a class belongs to it; a dataset.json."""
+    image, as_is = png(), lambda *names: {name: image for name in names}
+    table = [(as_is(*(f"{k}/{i}.png" for k in (0, 1, 2, 10, 100) for i in range(2))), ["0", "1", "2", "10", "100"]),
+             (as_is("001/a.png", "2/a.png", "10/a.png"), ["001", "2", "10"]),
+             (as_is("10x/a.png", "9x/a.png"), ["10x", "9x"]), (as_is("a.png", "b.png"), []),
+             (as_is("x/a.png", "x/b.png"), []),
+             (as_is("set/cat/a.png", "set/dog/b.png"), ["cat", "dog"]),
+             (as_is("cat/a.png", "cat/more/b.png", "dog/deep/er/c.png"), ["cat", "dog"])]
+    for k, (files, classes) in enumerate(table):
+        names, found, labels = known_of(put(tmp_path / str(k), files))
+        assert found == classes and len(names) == len(files), (classes, found)
+        if len(classes) == 5:
+            assert all(classes[y] == name.split("/")[0] for name, y in labels.items())
+    loose = models.open_images(put(tmp_path / "loose", as_is("a.png", "x/b.png")))
+    assert "beside sub-folders" in refuses(models.image_classes, loose)
+
+    names = [f"{i // 4:05d}/img{i:08d}.png" for i in range(12)]
+    pairs = [[name, i % 3] for i, name in enumerate(names)]
+    one_hot = [[name, [float(i % 3 == k) for k in range(3)]] for i, name in enumerate(names)]
+    for k, labels in enumerate((pairs, dict(pairs), one_hot, None, [])):
+        files = dict(as_is(*names), **{"dataset.json": json.dumps(dict(labels=labels)).encode()})
+        for around in ("", "around/"):
+            with zipfile.ZipFile(tmp_path / "set.zip", "w") as z:
+                for name, data in files.items():
+                    z.writestr(around + name, data)
+            folder = put(tmp_path / f"set{k}{around}", {around + name: data for name, data in files.items()})
+            for path in (tmp_path / "set.zip", folder):
+                found, classes, seen = known_of(path)
+                assert len(found) == 12 and classes == (["0", "1", "2"] if labels else []), (labels, classes)
+                assert not labels or all(y == int(name[-5]) % 3 for name, y in seen.items() if name[-6] == "0"), seen
+    for labels, said in ((pairs[1:], "no label for"), ([[name, 0.5] for name in names], "are no classes"),
+                         ([[name, [0.1, 0.9]] for name in names], "are no classes")):
+        bad = put(tmp_path / "bad", dict(as_is(*names), **{"dataset.json": json.dumps(dict(labels=labels)).encode()}))
+        assert said in refuses(models.image_classes, models.open_images(bad))
+    for k, json_of in enumerate((b'{"labels": ["cat", "dog"]}', b'{"labels": {"0": "cat"}}', b'{"labels": 5}', b"[1]")):
+        other = put(tmp_path / f"other{k}", dict(as_is("cat/a.png", "dog/b.png"), **{"dataset.json": json_of}))
+        assert known_of(other)[1] == ["cat", "dog"], "a dataset.json of another tool"
+    partial = models.open_images(bad_labels(tmp_path, pairs[1:], names))
+    assert "mend or remove it" in refuses(models.image_classes, partial)
+    capsys.readouterr()
+    from_one = [[name, 1 + i % 2] for i, name in enumerate(names)]
+    assert known_of(bad_labels(tmp_path, from_one, names))[1] == ["0", "1", "2"]
+    assert "no image of class 0" in capsys.readouterr().out
+
+
+def bad_labels(path, labels, names):
+    files = {name: png() for name in names}
+    return put(path / "labels", {**files, "dataset.json": json.dumps(dict(labels=labels)).encode()})
+
+
+def test_classes_go_with_the_checkpoint(tmp_path):
+    folder = put(tmp_path / "f", {f"{k}/{i}.png": png() for k in range(11) for i in range(15)})
+    code, out, err = run(models, "--real", folder, "--out", tmp_path / "b.pt", "--minutes=0.01")
+    assert code == 0 and "11 classes, in this order: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in out, err
+    assert models.load(str(tmp_path / "b.pt")).classes == [str(k) for k in range(11)]
+    argv = ["--ckpt", tmp_path / "b.pt", "--num=11", "--steps=2", "--out", tmp_path]
+    assert "11 images of class 2 (" in run(sample, *argv, "--label=2")[1]
+    odd = put(tmp_path / "odd", {f"{k}/{i}.png": png() for k in ("caf\udce9", "\U0001f600") for i in range(2)})
+    for encoding in ("ascii", "utf-8"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            models.check_classes(odd, 2)
+            sys.stdout.seek(0)
+            assert "2 classes, in this order: caf?, " in sys.stdout.read()
+    assert "0 to 10 (0, 1, 2," in mistakes(sample, *argv, "--label=11")[1]
+    code, out, err = run(train_rl, *QUICK, *argv, "--real", folder, "--num=0", "--batch=33")
+    assert code == 0 and out.count("11 classes, in this order") == 1, (out, err)
+    assert models.load(str(tmp_path / "ckpt.pt")).classes == [str(k) for k in range(11)]
+
+
+def test_warnings_of_pillow_come_once(tmp_path, capfd):
+    """A palette with transparent colours has none; of another kind of warning only the first is shown."""
+    palette = Image.effect_noise((16, 16), 60).convert("P")
+    files = {f"{i}.png": png(palette, transparency=bytes(range(256))) for i in range(9)}
+    list(models.image_batches(models.open_images(put(tmp_path / "p", files)), 16))
+    assert capfd.readouterr() == ("", "")
+    with pytest.MonkeyPatch.context() as patch:
+        convert = models.in_rgb
+        patch.setattr(models, "in_rgb", lambda image: models.warnings.warn("odd bytes") or convert(image))
+        for _ in range(2):
+            list(models.image_batches(models.open_images(str(tmp_path / "p")), 16))
+    out, err = capfd.readouterr()
+    assert out.count("odd bytes (said once)") == 1 and err == "", (out, err)
+
+
+def test_large_images_pass_in_small_batches(tmp_path):
+    folder = put(tmp_path / "f", {f"{i}.png": png(Image.new("1", (6000, 4000))) for i in range(5)})
+    sizes = [len(batch) for batch in models.image_batches(models.open_images(folder))]
+    assert sizes == [2, 2, 1], "some 100 MB at a time"
+    small = put(tmp_path / "s", {f"{i}.png": png() for i in range(5)})
+    assert [len(batch) for batch in models.image_batches(models.open_images(small), batch_size=3)] == [3, 2]
 
 
 def test_each_course_redraws_its_own_reference_set(tmp_path):
@@ -1123,8 +1336,9 @@ def test_vae_golden(tmp_path):
     for path in (path_of("vae_tiny_oldattn.bin"), write_vae(tmp_path / "v.safetensors", new)):
         w = models.read_vae(path)
         assert len(w) == 138 and all(x.dtype == torch.float32 for x in w.values())
-        for z, decoded in (("z", "decoded"), ("z_rect", "decoded_rect")):
-            assert error(models.vae_decode(w, torch.from_numpy(g[z])), g[decoded]) < 1e-5
+        assert_golden(lambda dtype: {decoded: models.vae_decode(
+            {k: x.to(dtype) for k, x in w.items()}, torch.from_numpy(g[z]).to(dtype))
+            for z, decoded in (("z", "decoded"), ("z_rect", "decoded_rect"))}, g)
 
 
 def latent_model(family):
@@ -1221,38 +1435,50 @@ def test_inception_golden(inception_file, monkeypatch):
     for k, first, total in zip(g["check_keys"], g["check_first4"], g["check_abs_sum"]):
         assert np.array_equal(weights[k].flatten()[:4].numpy(), first)
         assert math.isclose(weights[k].double().abs().sum(), total, rel_tol=1e-6)
-    for k in ("up", "down", "to299"):
-        exact = g[f"resize_{k}_out"]
-        assert error(fid.resize_tf1(torch.from_numpy(g[f"resize_{k}_in"]).float(), exact.shape[2:]), exact) < 1e-6, k
+    resized = [f"resize_{k}" for k in ("up", "down", "to299")]
+    assert_golden(lambda dtype: {f"{k}_out": fid.resize_tf1(
+        torch.from_numpy(g[f"{k}_in"]).to(dtype), g[f"{k}_out"].shape[2:]) for k in resized}, g)
     net = fid.feature_net("inception", inception_file)
     assert (net.dim, net.size, net.name) == (2048, None, "inception") and net.hash == fid.sha256(inception_file)
     pools = []
     spied(monkeypatch, "max_pool2d", pools)
-    for size in (299, 256, 64):
-        pools.clear()
-        features = net(torch.from_numpy(g[f"images_{size}"]))
-        assert features.dtype == torch.float32 and error(features, g[f"pool_{size}"]) < 1e-5, size
-        logits = features @ net.w["fc.weight"].T
-        assert error(logits, g[f"logits_nobias_{size}"]) < 1e-5 \
-            and error(logits + net.w["fc.bias"], g[f"logits_{size}"]) < 1e-5
-    for tap, x in (("64", pools[0][1]), ("192", pools[1][1]), ("768", pools[3][0])):
-        assert error(x.mean((2, 3)), g[f"tap{tap}_64"]) < 1e-5, tap
+
+    def compute(dtype):
+        net.w, found = {k: w.to(dtype) for k, w in net.w.items()}, {}
+        for size, n in ((299, 1), (256, 1), (64, 4)):
+            pools.clear()
+            features = net(torch.from_numpy(g[f"images_{size}"][:n]))
+            logits = features @ net.w["fc.weight"].T
+            found |= {f"pool_{size}": features, f"logits_nobias_{size}": logits,
+                      f"logits_{size}": logits + net.w["fc.bias"]}
+        taps = {"64": pools[0][1], "192": pools[1][1], "768": pools[3][0]}
+        return found | {f"tap{tap}_64": x.mean((2, 3)) for tap, x in taps.items()}
+
+    recorded = [k for k in g if k.startswith(("pool", "logits", "tap"))]
+    assert_golden(compute, {k: g[k] if k.endswith("_64") else g[k][:1] for k in recorded})
 
 
 def test_dinov2_golden(monkeypatch):
     g, net, norms = golden("dinov2_tiny.npz"), fid.feature_net("dinov2", path_of("dinov2_tiny.pt")), []
     spied(monkeypatch, "layer_norm", norms)
-    net(torch.from_numpy(g["images_224"]))
-    assert error(norms[-1][1][:, 1:].mean(1), g["patch_mean_224"]) < 1e-5
+    images = {f"cls_{k}": g[f"images_{k.split('_')[-1]}"] for k in ("224", "torch_64", "torch_300")}
     for size in (64, 300):                          # whoever resizes with PIL beforehand gets the metric's slow mode
         resized = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).resize(
             (224, 224), Image.Resampling.BICUBIC)) for x in g[f"images_{size}"]]).transpose(0, 3, 1, 2)
         assert np.array_equal(resized[:1], g[f"resized_pil_{size}"])
-        assert error(net(torch.from_numpy(resized)), g[f"cls_pil_{size}"]) < 1e-5, size
-    for size in ("224", "torch_64", "torch_300"):
-        assert error(net(torch.from_numpy(g[f"images_{size.split('_')[-1]}"])), g[f"cls_{size}"]) < 1e-5, size
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    assert error(fid.dinov2(net.w, (torch.from_numpy(g["image_518"]) / 255 - mean) / std), g["cls_518"]) < 1e-5
+        images[f"cls_pil_{size}"] = resized
+
+    def compute(dtype):
+        net.w, found = {k: w.to(dtype) for k, w in net.w.items()}, {}
+        for name, x in images.items():
+            found[name] = net(torch.from_numpy(x))
+            if name == "cls_224":
+                found["patch_mean_224"] = norms[-1][1][:, 1:].mean(1)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        found["cls_518"] = fid.dinov2(net.w, (torch.from_numpy(g["image_518"]).to(dtype) / 255 - mean) / std)
+        return found
+
+    assert_golden(compute, g)
 
 
 def test_published_weights_are_pinned(tmp_path, monkeypatch, capsys):
@@ -1300,17 +1526,75 @@ def test_statistics_refuse(tmp_path):
     eye, mu = np.eye(3), np.zeros(3)
     for stored, said in (
             (dict(mu=mu, sigma=eye, features="tiny2"), "tiny2"), (dict(mu=mu, sigma=eye, hash="bbbb"), "other weights"),
-            (dict(mu=mu, sigma=np.eye(4)), "3-d"), (dict(mu=np.float64(1), sigma=eye), "1-d"), (dict(mu=mu), "sigma"),
+            (dict(mu=mu, sigma=np.eye(4)), "3 dim"), (dict(mu=np.float64(1), sigma=eye), "mu ()"),
+            (dict(mu=mu), "sigma"),
             (dict(mu=mu * math.nan, sigma=eye), "NaN"), (dict(mu=mu, sigma=eye + np.eye(3, k=1)), "symmetric"),
             (dict(mu=mu, sigma=np.diag([1., 1, -0.1])), "negative"), (dict(mu=np.array(["x"]), sigma=eye), "numbers")):
         np.savez(path, **stored)
         assert said in refuses(fid.read_statistics, path, net), stored
     np.savez(path, mu=mu, sigma=np.diag([1., 1, 0]), hash="aaaaaaaa", features="tiny", num=7)
     assert fid.read_statistics(path, net).num == 7, "a singular covariance is one"
-    fid.write_statistics(path, fid.Summary(9, torch.zeros(3).double(), torch.eye(3).double(), None), net)
+    fid.write_statistics(path, fid.Summary(9, torch.zeros(3).double(), torch.eye(3).double(), None, "9 x 8"), net)
     with np.load(path) as f:
-        assert {k: str(f[k]) for k in ("num", "features", "hash", "resize", "quantisation")} == dict(
-            num="9", features="tiny", hash="aaaaaaaa", resize="none", quantisation="uint8")
+        assert {k: str(f[k]) for k in ("num", "features", "hash", "resize", "quantisation", "size")} == dict(
+            num="9", features="tiny", hash="aaaaaaaa", resize="none", quantisation="uint8", size="9 x 8")
+    assert fid.read_statistics(path, net).size == "9 x 8"
+
+
+def test_statistics_of_other_tools(tmp_path):
+    """The same mean and covariance in every kind of file, and images as a file of them, real and judged."""
+    rng, net = np.random.default_rng(0), known_as("tiny", 5)
+    mu, half = rng.normal(size=5), rng.normal(size=(5, 9))
+    plain = dict(mu=mu, sigma=half @ half.T)
+    files = {"a.NPZ": plain, "b.npy": plain, "c.pt": plain, "d.pth": {k: torch.from_numpy(x) for k, x in plain.items()},
+             "e.pkl": plain, "f.npz": dict(plain, mu=mu[None]), "g.npz": dict(plain, mu=mu[:, None]),
+             "h.npz": {k: x.astype(np.float32) for k, x in plain.items()},
+             "i.pt": dict(plain, num=np.array([40]), note="x"), "l.pkl": (mu, plain["sigma"]),
+             "m.pt": {k: torch.tensor(x, requires_grad=True) for k, x in plain.items()},
+             "j.npz": dict(plain, arr_0=rng.integers(0, 9, (7, 4, 4, 3), np.uint8), mu_s=mu)}
+    for name, parts in files.items():
+        with open(tmp_path / name, "wb") as f:
+            if name.endswith(".npy"):
+                np.save(f, parts)
+            elif name.endswith(".pkl"):
+                pickle.dump(parts, f)
+            else:
+                np.savez(f, **parts) if name.lower().endswith(".npz") else torch.save(parts, f)
+        path = str(tmp_path / name)
+        found = fid.read_statistics(path, net)
+        assert models.is_statistics(path) and error(found.mu, mu) < 1e-6, name
+        assert error(found.cov, plain["sigma"]) < 1e-6, name
+    np.savez(tmp_path / "k.npz", a=mu)
+    torch.save(dict(ema=dict(w=torch.ones(2))), tmp_path / "l.pt")
+    for name, said in (("k.npz", "holds a float64 (5,); needed are"), ("l.pt", "holds ema (dict); needed are")):
+        assert said in mistakes(fid, "--features=factors", "--num=9", "--real", tmp_path / name)[1]
+    np.save(tmp_path / "call.npy", Call(os.system, "touch PWNED"))
+    assert "posix.system" in mistakes(fid, "--features=factors", "--num=9", "--real", tmp_path / "call.npy")[1]
+    assert "add --features tiny2" in refuses(fid.read_statistics, write_npz(
+        tmp_path / "m.npz", **plain, features="tiny2"), net)
+    assert "statistics are for --real" in mistakes(fid, "--features=factors", "--images", tmp_path / "a.NPZ")[1]
+    assert "ends in .npz" in mistakes(fid, "--features=factors", "--stats", tmp_path / "real.stats")[1]
+    said = refuses(fid.read_statistics, str(tmp_path / "a.NPZ"), known_as("tiny", 6))
+    assert "mu (5,) and sigma (5, 5), tiny has 6 dimensions" in said
+
+    images = models.tiny_images(90, 5)[0].permute(0, 2, 3, 1).numpy()
+    write_npz(tmp_path / "one.npz", arr_0=images)
+    write_npz(tmp_path / "two.NPZ", labels=np.arange(90), images=images.transpose(0, 3, 1, 2))
+    np.save(tmp_path / "three.npy", images)
+    fids = []
+    for name in ("one.npz", "two.NPZ", "three.npy"):
+        for pair in ((name, "one.npz"), ("one.npz", name)):
+            argv = ["--features=factors", "--images", tmp_path / pair[0], "--real", tmp_path / pair[1]]
+            code, out, err = run(fid, *argv)
+            assert code == 0 and out.startswith("FID 0.000 "), (out, err)
+    for array, said in ((images / 255, "arr_0 float64 (90, 16, 16, 3)"), (images[..., 0], "arr_0 uint8 (90, 16, 16)")):
+        assert said in mistakes(fid, "--features=factors", "--images", write_npz(tmp_path / "n.npz", arr_0=array))[1]
+
+
+def write_npz(path, **arrays):
+    with open(path, "wb") as f:
+        np.savez(f, **arrays)
+    return str(path)
 
 
 def test_latent_model_end_to_end(tmp_path):
@@ -1326,10 +1610,10 @@ def test_latent_model_end_to_end(tmp_path):
     argv = [*net, "--real", tmp_path / "stats.npz", "--num=4"]
     code, out, err = run(train_rl, *base, *argv, "--judges", "dinov2", "--moments", tmp_path / "stats.npz", "--batch=4",
                          "--micro_batch=1", "--neon=1", "--neon_images=4", "--iters=1", "--out", tmp_path / "o")
-    assert code == 0 and "memory per rank" in out and re.search(r"sigma-3 +\d+ dinov2", out), err
+    assert code == 0 and re.search(r"sigma-3 +\d+ dinov2", out), err
     assert Image.open(tmp_path / "o" / "after.png").size == (4 * 32, 32)
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", *common, *argv)
-    assert code == 0 and "cannot fill 64 dimensions" in out, err
+    assert code == 0 and "cannot fill the 64 dimensions" in out, err
     assert "sd-vae-ft-ema" in mistakes(train_rl, "--ckpt", path_of("sit_tiny.pt"))[1]
     assert "32 pixels, the tiny world has 16" in mistakes(fid, *base, "--num=4", *net)[1]
 
@@ -1358,11 +1642,79 @@ def test_moments_from_a_file(tmp_path):
 
 
 def test_images_as_they_are(tmp_path):
-    """A network for any size gets a folder's images as they are, and says so when they are of several sizes."""
+    """A network for any size gets a folder's images as they are, of several sizes too, each its own features."""
     folder = make_folder(tmp_path / "f", 10, 0)
     net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt")]
-    assert "another size" in mistakes(fid, "--real", folder, "--stats", tmp_path / "s.npz", *net)[1]
+    code, out, err = run(fid, "--real", folder, "--stats", tmp_path / "s.npz", *net)
+    assert code == 0 and "10 images of" in out and "(several sizes)" in out, err
+    made, images = fid.feature_net("dinov2", path_of("dinov2_tiny.pt")), models.open_images(folder)
+    (batch,), found = models.image_batches(images), fid.read_statistics(str(tmp_path / "s.npz"), fid.feature_net(
+        "dinov2", path_of("dinov2_tiny.pt")))
+    exact = torch.cat([made(x[None]) for x in batch])
+    assert error(fid.features_of(made, batch), exact) < 1e-5 and error(found.mu, exact.double().mean(0)) < 1e-6
     assert "does nothing" in mistakes(train_rl, "--features_path=x")[1]
+
+
+def test_which_network_is_meant(tmp_path, inception_file, monkeypatch):
+    """FID means Inception but in the tiny world, and its file is asked for; a search at 16 px says what it uses."""
+    weights, folder = ["--features_path", inception_file], put(tmp_path / "f", {f"{i}.png": png() for i in range(8)})
+    models.save(str(tmp_path / "large.pt"), models.init_sit(models.SiT(1, 64, 4, (3, 8, 8), 4, 1)))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: exec("raise OSError('no way out')"))
+    quick, ask = ["--num=8", "--steps=2", "--num_real=20"], "pt_inception-2015-12-05-6726825d.pth"
+    for script, argv in ((fid, ["--images", folder, "--real", folder]), (fid, ["--images", folder]),
+                         (fid, ["--real", folder]), (fid, ["--real", folder, "--stats", tmp_path / "s.npz"]),
+                         (train_rl, ["--ckpt", tmp_path / "large.pt", "--real", folder]),
+                         (merge_rl, ["--ckpts", *2 * [tmp_path / "large.pt"], "--real", folder])):
+        line = mistakes(script, *argv, *(quick if script is not merge_rl else []), "--out" if script is not fid else
+                        "--json", tmp_path / "o", expect=1)[1]
+        assert ask in line and "bring it to" in line, line
+    code, out, err = run(fid, "--images", folder, "--real", folder, *weights)
+    assert code == 0 and "features: inception" in out and "FID 0.000 " in out and "inception features" in out, err
+    assert out.count("cannot fill the 2048 dimensions") == 2, out
+    assert "features: tiny2, as both sides are the tiny world" in run(fid, *quick)[1]
+    own = models.load()
+    own.classes = [f"kind {k}" for k in range(10)]
+    models.save(str(tmp_path / "own.pt"), own)
+    for name in ("own.pt", "large.pt"):
+        assert ask in mistakes(fid, "--ckpt", tmp_path / name, "--stats", tmp_path / "s.npz", *quick)[1]
+    folder = put(tmp_path / "g", {f"{i}.png": png() for i in range(200)})
+    code, out, err = run(train_rl, *QUICK, "--num=100", "--real", folder, "--out", tmp_path / "t")
+    assert code == 0 and out.count("know only the digits") == 1, (out, err)
+    assert "in tiny (64-d), judged in tiny2 tiny pixels factors" in out, out
+    code, out, err = run(train_rl, *QUICK, "--num=100", "--real", folder, "--out", tmp_path / "u", "--features=factors",
+                         "--judges=factors", "--memory=0.5", "--ckpt=sit-tiny")
+    assert code == 0 and "know only" not in out and "in factors (7-d), judged in factors" in out, err
+
+
+def test_what_stats_are_of(tmp_path):
+    """--stats is of --images if given, else of what --ckpt draws, else of --real; sizes that differ are said."""
+    shade = lambda size, c: png(Image.new("RGB", (size, size), (c, c, c)))
+    dark = put(tmp_path / "dark", {f"{i}.png": shade(16, 10 + i) for i in range(20)})
+    light = put(tmp_path / "light", {f"{i}.png": shade(40, 200 + i) for i in range(20)})
+    net = ["--features=dinov2", "--features_path", path_of("dinov2_tiny.pt"), "--num=20", "--steps=2"]
+    said = {}
+    for name, argv in dict(images=["--images", light, "--ckpt=sit-tiny", "--real", dark],
+                           ckpt=["--ckpt=sit-tiny", "--real", dark], real=["--real", dark]).items():
+        code, out, err = run(fid, *argv, *net, "--stats", tmp_path / f"{name}.npz")
+        assert code == 0, err
+        said[name] = re.search(r": 20 images of (\S+) \((\d+ x \d+)\)", out).groups()
+    assert said == dict(images=(light, "40 x 40"), ckpt=("sit-tiny", "16 x 16"), real=(dark, "16 x 16")), said
+    mus = [np.load(tmp_path / f"{name}.npz")["mu"] for name in said]
+    assert min(np.abs(a - b).max() for a, b in ((mus[0], mus[1]), (mus[1], mus[2]), (mus[0], mus[2]))) > 1e-3
+    code, out, err = run(fid, "--images", dark, "--real", tmp_path / "images.npz", *net)
+    assert code == 0 and "the real images are 40 x 40, the judged ones 16 x 16" in out, (out, err)
+    assert "the real images are" not in run(fid, "--images", dark, "--real", tmp_path / "real.npz", *net)[1]
+
+
+def test_a_set_against_itself_is_zero(tmp_path):
+    for n, features in ((5, "factors"), (40, "tiny"), (300, "tiny2"), (60, "pixels")):
+        folder = make_folder(tmp_path / str(n), n, 2)
+        flat = put(tmp_path / f"flat{n}", {f"{i}": b"" for i in range(0)} | {
+            p.name: p.read_bytes() for p in pathlib.Path(folder).rglob("*.*")})
+        for other in (folder, flat):
+            code, out, err = run(fid, "--images", folder, "--real", other, f"--features={features}")
+            assert code == 0 and re.search(r"^FID 0\.000 ", out, flags=re.M), (out, err)
 
 
 # ---- Command lines --------------------------------------------------------------------------------------------------
@@ -1394,7 +1746,7 @@ def test_train_rl_as_typed(tmp_path):
     assert (first["features"], first["sampler"], first["num"]) == ("tiny2", "flow", 200)
     judged = fid.evaluate(models.load(str(tmp_path / "o" / "ckpt.pt")), [fid.feature_net("tiny2")], fid.real_summaries(
         "tiny", [fid.feature_net("tiny2")], "report", 50, 300), 200, steps=4, num_prdc=50)["tiny2"]
-    assert math.isclose(judged["fid"], first["fid"], rel_tol=1e-4), "the table is what the saved checkpoint scores"
+    assert judged["fid"] == first["fid"], "the table is what the saved checkpoint scores"
 
 
 @pytest.mark.parametrize("options", [
@@ -1455,7 +1807,8 @@ def test_fid_as_typed(tmp_path):
     code, out, err = run(fid, "--images", folder, "--real", tmp_path / "r.npz", "--features=factors",
                          "--json", tmp_path / "g.json")
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, "a set against its own statistics"
-    np.savez(tmp_path / "i.npz", arr_0=torch.cat(list(models.image_batches(folder, 16))).permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "i.npz", arr_0=torch.cat(list(models.image_batches(models.open_images(folder), 16))).permute(
+        0, 2, 3, 1).numpy())
     code, out, err = run(fid, "--images", tmp_path / "i.npz", "--real", folder, "--features=factors",
                          "--json", tmp_path / "g.json")
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, err
@@ -1481,7 +1834,7 @@ def test_reward_as_typed():
     assert code == 0 and len(errors) == 2 and max(map(float, errors)) < 1e-9, out
 
 
-def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch):
+def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch, inception_file):
     readme = open(os.path.join(ROOT, "README.md")).read()
     python, = re.findall(r"## Only the reward\n.*?```python\n(.*?)```", readme, flags=re.S)
     shell, = re.findall(r"## Only the FID\n.*?```bash\n(.*?)```", readme, flags=re.S)
@@ -1489,14 +1842,14 @@ def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(said):
         exec(compile(python, "README.md", "exec"), {})
     assert said.getvalue().startswith("FD ") and len(python.strip().split("\n")) <= 13
-    make_folder(tmp_path / "FOLDER", 150)
-    make_folder(tmp_path / "SAMPLES", 140, 0)
+    make_folder(tmp_path / "FOLDER", 12)
+    make_folder(tmp_path / "SAMPLES", 11, 0)
     monkeypatch.chdir(tmp_path)
     for line in shell.strip().split("\n"):
         _, script, *argv = line.partition("#")[0].split()
-        code, _, err = run({"fid.py": fid}[script], *argv)
+        code, _, err = run({"fid.py": fid}[script], *argv, "--features_path", inception_file)
         assert code == 0, (line, err)
-    assert json.load(open("fid.json"))["num"] == 140
+    assert json.load(open("fid.json"))["num"] == 11
 
 
 def test_own_images_end_to_end(tmp_path):
@@ -1522,7 +1875,6 @@ def test_mistakes_end_in_one_line(tmp_path):
     few = make_folder(tmp_path / "few", 20, 0)
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "keys.npz", a=1)
-    np.savez(tmp_path / "big.npz", arr_0=np.zeros((40, 32, 32, 3), np.uint8))
     nothing = tmp_path / "nothing.pt"
     nothing.write_bytes(b"")
     (tmp_path / "not.npz").write_bytes(b"PK\x03\x04 cut short")
@@ -1536,8 +1888,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--features=resnet"], 2, "choose"),
         (train_rl, ["--advantage=constant", "--objective=ppo"], 2, "forward"),
         (train_rl, ["--batch=0"], 2, "at least 2"), (train_rl, ["--seed=-1"], 2, "not negative"),
-        (train_rl, ["--judges="], 2, "at least one"),
-        (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"), (train_rl, ["--features="], 2, "at least one"),
+        (train_rl, ["--reward=clip"], 2, "fd or kid or mmd or sample"),
         (train_rl, ["--reward=kid", "--memory=0.1"], 2, "does nothing"),
         (train_rl, ["--rejection=0", "--noisiest=0.3"], 2, "nothing with --rejection=0"),
         (train_rl, ["--rejection=0.001"], 2, "0 of 75"), (train_rl, ["--rejection=0.9", "--iters=4"], 2, "4 of 4"),
@@ -1551,22 +1902,23 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--num=0", "--json", tmp_path / "x"], 2, "--json"), (train_rl, ["--num=1"], 2, "at least 2"),
         (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
         (train_rl, ["--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
-        (fid, ["--real", nothing], 2, "neither"), (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
-        (fid, ["--images", tmp_path / "big.npz"], 1, "16, 16"),
+        (fid, ["--real", nothing], 1, "not a PyTorch"),
+        (fid, ["--real", tmp_path / "not.npz"], 1, "not a readable .npz"),
         (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"),
         (train_rl, ["--ckpt", text], 1, "not a PyTorch"),
         (train_rl, ["--real", tmp_path / "none"], 2, "does not exist"), (train_rl, ["--real", empty], 1, "no image"),
         (train_rl, ["--real", broken], 1, "not a readable image"), (train_rl, ["--real", loose], 1, "beside"),
         (train_rl, ["--real", few], 1, "need more than 64"),
-        (train_rl, ["--real", tmp_path / "wrong.npz", "--judges=tiny"], 1, "3-d"),
+        (train_rl, ["--real", tmp_path / "wrong.npz"], 1, "tiny has 64"),
         (sample, ["--sampler=ddim"], 2, "unknown sampler"), (sample, ["--label=10"], 2, "classes 0 to 9"),
         (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"),
         (sample, ["--noise=-1"], 2, "negative"),
         (fid, ["--images", few, "--num=50", "--features=factors"], 1, "holds 20 images"),
-        (fid, ["--images", tmp_path / "keys.npz"], 1, "arr_0"), (fid, ["--features", "tiny", "tiny"], 2, "different"),
+        (fid, ["--images", tmp_path / "keys.npz", "--features=tiny"], 1, "a int64 ()"),
+        (fid, ["--features", "tiny", "tiny"], 2, "different"),
         (fid, ["--features", "tiny", "tiny2", "--stats=s.npz"], 2, "of one feature network"),
         (fid, ["--features_path=x"], 2, "does nothing"),
-        (fid, ["--real", tmp_path / "keys.npz"], 1, "mu and sigma"), (fid, ["--real", text], 2, "neither"),
+        (fid, ["--real", tmp_path / "keys.npz"], 1, "mu (d,) and sigma"), (fid, ["--real", text], 1, "PyTorch"),
         (models, ["--real", few, "--out=folder"], 2, ".pt"), (models, ["--only=vae"], 2, "choose"),
         (models, ["--real", loose, "--out", tmp_path / "b.pt"], 1, "beside"),
         (reward, ["--subset=9000"], 2, "subset <= num"), (reward, ["--num=100"], 2, "2 dim <= num"),
@@ -1687,25 +2039,27 @@ BAD_FILES = [                           # script, options in which {} is the fol
     *[("stats", ["--real={}/%s" % name], 1, said) for name, said in {
         "0 bytes.png": "a.png is not a readable image", "cut.png": "truncated", "cut.jpg": "Truncated",
         "text.png": "identify", "bomb.png": "200000000 pixels", "large.png": "100000000 pixels", "crc.png": "a.png",
-        "half.webp": "a.webp", "script.png": "identify", "bitmap.png": "identify", "loop": "a.png", "dangling": "a.png",
-        "no image": "holds no image", "empty.zip": "holds no image", "texts.zip": "holds no image",
+        "half.webp": "a.webp", "script.png": "identify", "bitmap.png": "a.png is not a readable image",
+        "loop": "a.png", "dangling": "a.png",
+        "no image": "1 files of other kinds (.txt)", "empty.zip": "holds no image", "texts.zip": "holds no image",
         "folders.zip": "holds no image", "zeros.zip": "identify", "in bomb.zip": "200000000 pixels", "crc.zip": "a.png",
         "encrypted.zip": "encrypted", "method.zip": "compression", "directory.zip": "not a readable zip"}.items()],
     ("stats", ["--real={}/cut.zip"], 2, "neither a folder nor a zip"),
     ("stats", ["--real={}/nowhere"], 2, "does not exist"),
     *[("fid", ["--features=tiny", "--images={}/images float.npz", "--real={}/%s.npz" % name], 1, said)
       for name, said in dict(
-          mu="3-d", keys="mu and sigma", nan="NaN", inf="NaN or infinite", skew="not symmetric", text="not numbers",
-          negative="negative eigenvalues", cube="64-d", scalar="1-d", objects="allow_pickle", only="mu and sigma",
-          num="not numbers", endless="not numbers", other="inception", weights="other weights", complex="not numbers",
-          empty="0-d", bomb="not a readable", plain="not a readable", bare="not a readable", bytes="not a readable",
-          unsaid="no name").items()],
-    ("fid", ["--images={}/plain.npz", "--real={}/folder.npz"], 2, "no statistics"),
+          mu="(3, 3), tiny has 64", keys="holds a int64 ()", nan="NaN", inf="NaN or infinite", skew="not symmetric",
+          text="not numbers", negative="negative eigenvalues", cube="(64, 64, 1), tiny has 64", scalar="mu ()",
+          objects="allow_pickle", only="mu and sigma", num="not numbers", endless="not numbers", other="inception",
+          weights="other weights", complex="not numbers", empty="mu (0,)", bomb="not a readable",
+          plain="not a readable", bare="float64 (64,)", bytes="not numbers", unsaid="no name").items()],
+    ("fid", ["--features=tiny", "--images={}/plain.npz", "--real={}/folder.npz"], 1, "holds no image"),
+    ("fid", ["--features=tiny", "--images={}/plain.npz", "--real={}/nowhere.npz"], 2, "no statistics"),
     *[("fid", ["--features=tiny", "--images={}/images %s.npz" % name], 1, said) for name, said in dict(
-        float="found is float64", flat="found is uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)",
-        none="holds 0", bytes="no array").items()],
-    ("fid", ["--images={}/plain.npz"], 1, "not a readable .npz"),
-    ("fid", ["--images={}/bomb.npz"], 1, "needed are images"),
+        float="holds arr_0 float64", flat="holds arr_0 uint8 (9, 768)", one="holds 1 images", grey="(9, 16, 16)",
+        none="(0, 16, 16, 3)", bytes="holds arr_0 (bytes)").items()],
+    ("fid", ["--features=tiny", "--images={}/plain.npz"], 1, "not a readable .npz"),
+    ("fid", ["--features=tiny", "--images={}/bomb.npz"], 1, "statistics are for --real"),
     *[("sample", ["--ckpt={}/%s" % name], 1, said) for name, said in {
         "list.pt": "needed is a dict", "number.pt": "needed is a dict", "words.pt": "needed is a dict",
         "empty.pt": "no SiT", "call.pt": "posix.system", "few.pt": "another shape",
@@ -1715,17 +2069,17 @@ BAD_FILES = [                           # script, options in which {} is the fol
         "nothing.pkl": "EOFError", "deep.pkl": "refused"}.items()],
     ("sample", ["--ckpt={}"], 2, "no checkpoint"), ("sample", ["--guide={}/list.pt"], 1, "needed is a dict"),
     ("sample", ["--vae={}/nothing.safetensors"], 2, "draws pixels"),
-    ("fid", ["--images={}/images none.npz", "--real={}/call.pkl"], 1, "posix.system"),
-    ("fid", ["--images={}/images none.npz", "--real={}/list.pkl"], 1, "no statistics"),
+    ("fid", ["--features=tiny", "--images={}/images none.npz", "--real={}/call.pkl"], 1, "posix.system"),
+    ("fid", ["--features=tiny", "--images={}/images none.npz", "--real={}/list.pkl"], 1, "holds (list); needed are"),
     ("fid", ["--features=inception", "--features_path={}/list.pt"], 1, "does not hold inception"),
     ("fid", ["--features=dinov2", "--features_path={}/call.pt"], 1, "posix.system"),
     ("train_rl", ["--moments={}/nan.npz"], 1, "NaN"),
     ("train_rl", ["--batch=400", "--moments={}/nan.npz"], 2, "moments does nothing at memory 0"),
     ("train_rl", ["--batch=400", "--reference=9"], 2, "reference does nothing at memory 0"),
     ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
-    ("train_rl", ["--real={}/crc.zip"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
+    ("train_rl", ["--real={}/text.png"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
     ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"),
-    ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no checkpoint"),
+    ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no file matches"), ("merge_rl", ["--ckpts={}/x,y"], 2, "no checkpoint"),
     ("merge_rl", ["--ckpts=sit-tiny,sit-tiny", "--real={}/nan.npz", "--judges=tiny"], 1, "NaN"),
     ("models", ["--real={}/crc.zip", "--out={}/made.pt"], 1, "a.png"),
     ("models", ["--ckpt={}/cut.pt", "--out={}/made.pt"], 1, "PyTorch"),
@@ -1806,11 +2160,12 @@ def test_odd_images_are_read_right(tmp_path):
     save("h one bit.png", Image.new("1", (16, 16), 1))
     save("i one pixel.png", Image.new("RGB", (1, 1), (9, 8, 7)))
     save("j wide.png", Image.new("RGB", (20_000, 3), (1, 2, 3)))
-    found = torch.cat(list(models.image_batches(str(tmp_path / "f"), 16))).permute(0, 2, 3, 1).numpy()
+    images = models.open_images(str(tmp_path / "f"))
+    found = torch.cat(list(models.image_batches(images, 16))).permute(0, 2, 3, 1).numpy()
     gray = np.repeat(ramp[..., None], 3, axis=2)
     flat = lambda *color: np.broadcast_to(np.uint8(color), (16, 16, 3))
     exact = [gray, picture, picture, picture, None, gray, gray, flat(255, 255, 255), flat(9, 8, 7), flat(1, 2, 3)]
-    for name, image, wanted in zip(sorted(os.listdir(tmp_path / "f")), found, exact, strict=True):
+    for (name, image), wanted in zip(sorted(zip(images.names, found)), exact, strict=True):
         if wanted is None:                                              # by way of ink, and of JPEG
             assert np.abs(image.astype(int) - picture).mean() < 3, name
         else:
@@ -1819,7 +2174,7 @@ def test_odd_images_are_read_right(tmp_path):
         for name in ("../../outside.png", "/tmp/absolute.png", "..\\windows.png"):
             z.write(tmp_path / "f" / "b alpha.png", name)
     before = whole_tree(tmp_path)
-    assert len(torch.cat(list(models.image_batches(str(tmp_path / "away.zip"), 16)))) == 3
+    assert len(torch.cat(list(models.image_batches(models.open_images(str(tmp_path / "away.zip")), 16)))) == 3
     assert whole_tree(tmp_path) == before and not os.path.exists("/tmp/absolute.png"), "read in place, never unpacked"
 
 
@@ -1878,6 +2233,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state(tmp_path):
             patch.setattr(train_rl, "write", filling)
             code, line = mistakes(train_rl, *argv, full)
         assert code == 1 and "state.pt" in line and "whole" in line, line
+        assert train_rl.last_state(full) == f"the last good state is {full / 'state.pt'}"
         (full / "fill").unlink()
         code, out, err = run(train_rl, *argv, full, "--resume")
         assert code == 0 and "resumed at iteration 3" in out and left(full) == left(tmp_path / "w"), (out, err)
@@ -1892,6 +2248,10 @@ def test_states_that_are_no_states(tmp_path):
     assert not os.path.exists("PWNED")
     (tmp_path / "log.jsonl").unlink()
     assert "cannot write" in mistakes(train_rl, *argv)[1]
+    (tmp_path / "state.pt").unlink()
+    assert train_rl.last_state(tmp_path) == f"the last good state is {tmp_path / 'state.previous.pt'}"
+    (tmp_path / "state.previous.pt").unlink()
+    assert train_rl.last_state(tmp_path) == f"no state was saved in {tmp_path} yet"
 
 
 def test_damaged_files_are_read_or_refused(tmp_path):
@@ -1951,16 +2311,19 @@ def begun(request, tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
-def ranked_runs(out):
+RANKED = ["sit-tiny.pt", *(f"sit-tiny-{seen}-0.050.pt" for seen in ("03750", "04500", "05250"))]
+
+
+def ranked_runs(out, assets=models.ASSETS):
     """What is done once by one rank and once by two: (script, arguments), with their outputs in `out`."""
-    short = ["--iters=3", "--num=0", "--num_real=300", "--steps=4"]
-    neon = "--neon=1", "--neon_images=50"
-    return [(train_rl, [*short, *neon, "--batch=320", "--out", os.path.join(out, "image")]),    # enough for memory 0
-            (train_rl, [*short, *neon, "--batch=200", "--reference=400", "--objective=forward", "--credit=subset",
+    base, *ckpts = (os.path.join(assets, name) for name in RANKED)
+    short = ["--ckpt", base, "--iters=3", "--num=0", "--num_real=300", "--steps=4", "--neon=1", "--neon_images=50"]
+    return [(train_rl, [*short, "--batch=320", "--out", os.path.join(out, "image")]),           # enough for memory 0
+            (train_rl, [*short, "--batch=200", "--reference=400", "--objective=forward", "--credit=subset",
                         "--subset=10", "--out", os.path.join(out, "subset")]),
-            (fid, ["--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
+            (fid, ["--ckpt", base, "--num=201", "--num_real=301", "--num_prdc=77", "--features=factors", "--json",
                    os.path.join(out, "fid.json")]),
-            (merge_rl, ["--ckpts", "assets/sit-tiny-0[345]*-0.050.pt", *BRIEF[4:], "--budget=700", "--num=0", "--out",
+            (merge_rl, ["--ckpts", *ckpts, *BRIEF[4:], "--budget=700", "--num=0", "--out",
                         os.path.join(out, "merge")])]
 
 
@@ -1979,6 +2342,29 @@ def ranked(out):
     return out
 
 
+def moved_runs(out):
+    """
+    The same by one rank from checkpoints, kept beside it, whose weights are off by 1e-6 of themselves. Rounding, which
+    depends on the processor and on the batch of a rank, is an error of some 1e-7, and training amplifies both alike:
+    what this changes is the scale, on any processor, for what two ranks may change.
+    """
+    for k, name in enumerate(RANKED):
+        model, rng = models.load(os.path.join(models.ASSETS, name)), torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=rng))
+        models.save(os.path.join(out, name), model)
+    for script, argv in ranked_runs(out, assets=out):
+        script.main(argv)
+
+
+@beside
+def moved(out):
+    done = torchrun(1, "test_all.py", "moved", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
 @beside
 def sharded_by_four(out):
     done = torchrun(4, "test_all.py", "sharded", out / "sharded.pt")
@@ -1993,23 +2379,33 @@ def test_sharded_over_ranks_is_the_same_set(tmp_path, ranked, sharded_by_four):
     assert len(one) > 1000 and all(torch.allclose(one, x, rtol=1e-12, atol=1e-12) for x in (two, four))
 
 
+def assert_near(a, b, scale, most):
+    """a is at most twice as far from b as `scale` is, what moved weights have made of b; and that is within `most`."""
+    a, b, scale = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b, scale))
+    assert (a - b).norm() < 2 * (scale - b).norm() < 2 * most, ((a - b).norm(), (scale - b).norm(), most)
+
+
+def assert_same_run(found, whole, moved):
+    """Two runs of train_rl.py have drawn the same images; their distances and weights differ by rounding alone."""
+    logs = [[json.loads(line) for line in open(out / "log.jsonl")] for out in (found, whole, moved)]
+    assert [row["images"] for row in logs[0]] == [row["images"] for row in logs[1]]
+    fds = [torch.tensor([row["fd"] for row in log]) for log in logs]
+    assert_near(*fds, 1e-3 * fds[1].norm())
+    *weights, base = (torch.cat([p.detach().flatten() for p in models.load(path).parameters()])
+                      for path in (*(str(out / "ckpt.pt") for out in (found, whole, moved)), ""))
+    assert_near(*weights, 0.1 * (weights[1] - base).norm())
+
+
 @pytest.mark.parametrize("credit", ["image", "subset"])
-def test_two_ranks_are_one(one_rank, ranked, credit):
-    outs = one_rank / credit, ranked / credit
-    logs = [[json.loads(line) for line in open(out / "log.jsonl")] for out in outs]
-    assert len(logs[0]) == len(logs[1]) == 3
-    for a, b in zip(*logs):
-        assert math.isclose(a["fd"], b["fd"], rel_tol=1e-4) and a["images"] == b["images"]
-    # A pixel that is rounded to the other side turns Adam's step around where the gradient is next to nothing.
-    one, two, base = (torch.cat([p.flatten() for p in models.load(path).parameters()])
-                      for path in (*(str(out / "ckpt.pt") for out in outs), ""))
-    assert (one - two).norm() < 0.02 * (one - base).norm() > 0, (one - two).norm() / (one - base).norm()
+def test_two_ranks_are_one(one_rank, ranked, moved, credit):
+    assert_same_run(ranked / credit, one_rank / credit, moved / credit)
 
 
-def test_fid_of_two_ranks(one_rank, ranked):
-    one, two = (json.load(open(out / "fid.json")) for out in (one_rank, ranked))
-    assert math.isclose(one["fid"], two["fid"], rel_tol=1e-3) and one["num"] == two["num"] == 201
-    assert abs(one["coverage"] - two["coverage"]) < 0.03
+def test_fid_of_two_ranks(one_rank, ranked, moved):
+    one, two, near = (json.load(open(out / "fid.json")) for out in (one_rank, ranked, moved))
+    assert_near(*([x[k] for k in ("fid", "fid_se", "kid")] for x in (two, one, near)), 1e-3 * one["fid"])
+    assert one["num"] == two["num"] == 201
+    assert all(abs(one[k] - two[k]) < 2.5 / 77 for k in ("precision", "recall", "coverage")), "two images at an edge"
 
 
 # ---- EDM2, official checkpoints -------------------------------------------------------------------------------------
@@ -2043,29 +2439,39 @@ def test_edm2_golden():
         assert list(w.shape) == shape and math.isclose(w.sum(), total, abs_tol=1e-9) \
             and math.isclose(w.square().sum(), squares)
     y = g["labels"].argmax(1)
-    with torch.no_grad():
-        outputs = dict(D_x=model(g["x"], g["sigma"], y), D_x_nolabel=model(g["x"], g["sigma"], torch.full_like(y, 10)),
-                       D_x_scalar_sigma=model(g["x"][:2], torch.full((2,), 1.7), y[:2]),
-                       gnet_D_x=guide(g["x"], g["sigma"], y))
-        c_in = 1 / (0.25 + g["sigma"]**2).sqrt().view(-1, 1, 1, 1)
-        outputs["F_x"] = model.unet(c_in * g["x"], g["sigma"].log() / 4, y)
-        outputs["logvar"] = model.logvar_linear(model.logvar_fourier(g["sigma"].log() / 4))[:, 0]
-    for name, out in outputs.items():
-        assert error(out, g[name]) < 3e-6, name
+
+    def compute(dtype):
+        model.to(dtype), guide.to(dtype)
+        x, sigma = g["x"].to(dtype), g["sigma"].to(dtype)
+        c_in = 1 / (0.25 + sigma**2).sqrt().view(-1, 1, 1, 1)
+        return dict(D_x=model(x, sigma, y), D_x_nolabel=model(x, sigma, torch.full_like(y, 10)),
+                    D_x_scalar_sigma=model(x[:2], torch.full((2,), 1.7, dtype=dtype), y[:2]),
+                    gnet_D_x=guide(x, sigma, y), F_x=model.unet(c_in * x, sigma.log() / 4, y),
+                    logvar=model.logvar_linear(model.logvar_fourier(sigma.log() / 4))[:, 0])
+
+    assert_golden(compute, g)
 
 
 def test_edm2_trajectories_golden():
     model, guide, g = golden_edm2()
     labels, churn = g["sample_labels"].argmax(1), tuple(g["churn_params"].tolist())
-    for name, net, plan in (("sample", model, sample.schedule("", 8, sigmas=(0.002, 80.0))),
-                            ("sample_guided", sample.Guided(model, float(g["guidance"]), 0, guide),
-                             sample.schedule("heun", 8, sigmas=(0.002, 80.0))),
-                            ("sample_churn", model, sample.schedule("heun", 8, sigmas=(0.002, 80.0), churn=churn))):
-        recorded = [iter([g["noise"][i], *g["churn_noise"][:, i]]) for i in range(3)]
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(torch, "randn", lambda *a, generator=None, **k: next(recorded[generator.initial_seed()]))
-            *_, (x, _) = sample.trajectory(net, [0, 1, 2], labels, plan)
-        assert error(x, g[name]) < 1e-5, name
+    guided = sample.Guided(model, float(g["guidance"]), 0, guide)
+    plan = sample.schedule("heun", 8, sigmas=(0.002, 80.0), churn=churn)
+
+    def compute(dtype):
+        model.to(dtype), guide.to(dtype)
+        found = {}
+        for name, net, steps in (("sample", model, sample.schedule("", 8, sigmas=(0.002, 80.0))),
+                                 ("sample_guided", guided, sample.schedule("heun", 8, sigmas=(0.002, 80.0))),
+                                 ("sample_churn", model, plan)):
+            recorded = [iter(torch.stack([g["noise"][i], *g["churn_noise"][:, i]]).to(dtype)) for i in range(3)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "randn", lambda *a, generator=None, **k: next(recorded[generator.initial_seed()]))
+                *_, (found[name], _) = sample.trajectory(net, [0, 1, 2], labels, steps)
+        return found
+
+    assert_golden(compute, g)
+    model.float()
     assert error(torch.cat([sample.schedule("", 8, sigmas=(0.002, 80.0)).t, torch.zeros(1)]), g["t_steps"]) < 1e-6
     assert plan.kick.nonzero().flatten().tolist() == g["churn_step_index"].tolist()
     assert torch.equal(sample.decode(model, g["rgb_latent"]), g["rgb_decoded"])
@@ -2074,7 +2480,7 @@ def test_edm2_trajectories_golden():
     assert torch.equal(sample.official_labels(model, seeds), g["seed_label"])
     with torch.no_grad():
         x, _ = next(sample.trajectory(model, seeds, g["seed_label"], sample.schedule("", 8, sigmas=(0.002, 80.0))))
-    assert torch.equal(x, 80 * g["seed_noise"])
+    assert error(x, 80 * g["seed_noise"]) < 1e-6, "torch rounds its normals differently on other processors"
 
 
 class GaussianDenoiser(GaussianData):
@@ -2168,20 +2574,22 @@ def test_filters_are_never_stale():
 
 
 def test_forward_objective_of_edm2_is_that_of_its_unit_variance_output():
-    model = random_edm2()
-    noise, uniform = torch.randn(8, 3, 16, 16), torch.rand(8)
-    x1, y, A = torch.randn(8, 3, 16, 16).clamp(-1, 1), torch.arange(8), torch.randn(8)
+    model = random_edm2().double()
+    noise, uniform = torch.randn(8, 3, 16, 16).double(), torch.rand(8).double()
+    x1, y, A = torch.randn(8, 3, 16, 16).clamp(-1, 1).double(), torch.arange(8), torch.randn(8).double()
     x, sigma, u, weight = models.renoise(model, x1, noise, uniform)
     part = dict(x=x, t=sigma, u=u, y=y, advantage=A, weight=weight)
     old = model(x, sigma, y).detach() + 0.1 * torch.randn_like(x)
-    loss, _, _ = train_rl.forward_loss(model, part, old, 0.7)
+    with float64():
+        loss, _, _ = train_rl.forward_loss(model, part, old, 0.7)
     s, total = sigma.view(-1, 1, 1, 1), (sigma.view(-1, 1, 1, 1)**2 + 0.25).sqrt()
     as_F = lambda D: (D - 0.25 / total**2 * x) / (0.5 * s / total)
     F_new, F_old, F_target = as_F(model(x, sigma, y)), as_F(old), as_F(x1)
     exact = (-A.view(-1, 1, 1, 1) * (F_target - F_old) * F_new + 0.35 * (F_new - F_old).square()).mean((1, 2, 3))
     grads = [torch.autograd.grad(z.sum(), model.unet.out_conv.weight, retain_graph=True)[0] for z in (loss, exact)]
-    assert error(*grads) < 1e-4
-    assert abs(as_F(x1).var() - 1) < 0.8 and models.renoise(model, x1, noise, torch.zeros(8))[0].isfinite().all()
+    assert error(*grads) < 1e-10
+    assert abs(as_F(x1).var() - 1) < 0.8
+    assert models.renoise(model, x1, noise, torch.zeros(8).double())[0].isfinite().all()
 
 
 class Call:
@@ -2294,6 +2702,114 @@ def test_sit_checkpoints_of_every_kind(tmp_path):
         assert code == 1 and all(words in line for words in said), line
     torch.save(dict(state, x=Call(os.system, "touch PWNED")), path)
     assert "posix.system" in mistakes(sample, "--ckpt", path)[1]
+
+
+def as_safetensors(path, state):
+    """Write float32 tensors as a .safetensors file."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in state.items():
+        raw = x.detach().float().contiguous().numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text + data)
+    return str(path)
+
+
+def test_weights_under_any_wrapper(tmp_path):
+    """What DDP, torch.compile, Lightning, EMA helpers and safetensors make of a checkpoint is the same network."""
+    state, path = models.load().state_dict(), str(tmp_path / "w.pt")
+    worse = {k: torch.zeros_like(v) for k, v in state.items()}
+    under = lambda prefix, tensors=state: {prefix + k: v for k, v in tensors.items()}
+    table = [under("module."), under("_orig_mod."), under("module._orig_mod."), dict(model=state),
+             dict(state_dict=state), dict(state_dict=under("model.")), dict(model=worse, ema=under("module.")),
+             dict(ema_model=state, step=3),
+             dict(under("ema_model."), **under("online_model.", worse), initted=torch.tensor(1), step=torch.tensor(5)),
+             dict(state_dict=dict(under("model.", worse), **under("ema_model."))), dict(ema=0.999, model=state),
+             dict(under("module."), n_averaged=torch.tensor(7)), dict(epoch=3, model_ema=under("module."), model=worse),
+             dict(state_dict=worse, state_dict_ema=state), dict(model=worse, ema_state_dict=state),
+             dict(model=worse, ema=dict(module=state, decay=0.9)),
+             dict(state, **{"projectors.0.weight": torch.ones(2)})]
+    for stored in table:
+        torch.save(stored, path)
+        assert all(torch.equal(v, state[k]) for k, v in models.load(path).state_dict().items()), list(stored)[:3]
+    for stored in (state, under("module.")):
+        found = models.load(as_safetensors(tmp_path / "w.safetensors", stored))
+        assert all(torch.equal(v, state[k]) for k, v in found.state_dict().items())
+    as_safetensors(tmp_path / "W.SAFETENSORS", state)
+    assert run(sample, "--ckpt", tmp_path / "W.SAFETENSORS", "--num=4", "--steps=2", "--out", tmp_path)[0] == 0
+    torch.save(dict(model=state, ema=dict(shadow_params=[1])), path)
+    assert "averaged weights in a form unknown here" in run(sample, "--ckpt", path, "--num=4", "--out", tmp_path)[1]
+    random_edm2(tmp_path / "e.pt")
+    edm2 = torch.load(tmp_path / "e.pt", weights_only=True)
+    torch.save(dict(edm2, ema=under("module.", edm2["ema"])), path)
+    assert models.load(path).family == "edm2"
+
+
+def sit_of(path, num_classes, null=True, args=None, channels=3, width=64, heads=4, **extra):
+    """A small random SiT's official file: weights and the arguments of its training alone."""
+    torch.manual_seed(1)
+    model = models.init_sit(models.SiT(1, width, heads, (channels, 8, 8), 4, num_classes, null=null))
+    torch.save(dict(ema=model.state_dict(), **(dict(args=argparse.Namespace(**args)) if args else {}), **extra), path)
+    return model
+
+
+def test_labels_of_a_checkpoint(tmp_path):
+    """How many classes a table of labels has, and whether there is a null class: by its rows, its args, or as told."""
+    path = tmp_path / "s.pt"
+    draw = lambda *more: run(sample, "--ckpt", path, "--num=6", "--steps=2", "--out", tmp_path, *more)
+    table = [(dict(num_classes=1, null=False), {}, (1, False)), (dict(num_classes=1, null=False, args=dict(
+        num_classes=1000)), {}, (1, False)), (dict(num_classes=1), {}, (1, True)), (dict(num_classes=9), {}, (9, True)),
+        (dict(num_classes=10, null=False, args=dict(num_classes=10)), {}, (10, False)), (dict(num_classes=9, args=dict(
+            num_classes=9)), {}, (9, True)), (dict(num_classes=9), dict(classes=10), (10, False)),
+        (dict(num_classes=9, args=dict(num_classes=1000)), dict(classes=9), (9, True))]
+    for made, told, wanted in table:
+        sit_of(path, **made)
+        model = models.load(str(path), **told)
+        assert (model.num_classes, model.null) == wanted, (made, told)
+        options = [f"--{k}={v}" for k, v in told.items()]
+        assert draw(*options)[0] == 0
+        code, _, err = draw("--cfg=2", *options)
+        assert code == (0 if wanted[1] else 2) and wanted[1] == ("no null class" not in err), err
+        models.save(str(tmp_path / "again.pt"), model)
+        again = models.load(str(tmp_path / "again.pt"))
+        assert (again.num_classes, again.null) == wanted, "a copy of ours says so by itself"
+    sit_of(path, 9, args=dict(num_classes=1000))
+    assert "10 labels, neither 1000 classes" in draw()[2] and "add --classes 9, or 10" in draw()[2]
+    sit_of(path, 1, null=False)
+    assert "1 labels, neither 10" in draw("--classes=10")[2]
+    tiny = models.load().state_dict()
+    tiny["y_embedder.embedding_table.weight"] = tiny["y_embedder.embedding_table.weight"][:1]
+    torch.save(tiny, path)
+    code, out, err = run(train_rl, *QUICK, "--ckpt", path, "--num=0", "--neon=1", "--neon_images=9", "--out", tmp_path)
+    assert code == 0 and " 1 classes" in out and not models.load(str(tmp_path / "ckpt.pt")).null, err
+    weak = ["--guide", tmp_path / "weak.pt"]
+    sit_of(weak[1], 1, null=False)
+    sit_of(path, 9)
+    assert draw(*weak)[0] == 0, "a guide without labels"
+
+
+def test_checkpoints_of_other_kinds_are_refused(tmp_path):
+    """Another path or prediction, unknown heads, other latents: one line that says what is needed."""
+    path, argv = tmp_path / "s.pt", ["--ckpt", tmp_path / "s.pt", "--num=2", "--steps=2", "--out", tmp_path]
+    for args in (dict(path_type="GVP", prediction="velocity"), dict(path_type="Linear", prediction="noise"),
+                 dict(path_type="VP", prediction="score"), dict(path_type="cosine")):
+        sit_of(path, 9, args=dict(args, num_classes=9))
+        assert "needed are Linear and velocity" in mistakes(sample, *argv, expect=1)[1]
+    for key in ("config", "hyper_parameters"):
+        sit_of(path, 9, **{key: dict(path_type="GVP", prediction="noise")})
+        assert "needed are Linear and velocity" in mistakes(sample, *argv, expect=1)[1]
+    for args in (dict(path_type="Linear", prediction="velocity"), dict(path_type="linear", prediction="v"),
+                 dict(path_type=None, num_classes="9")):
+        sit_of(path, 9, args=dict(dict(num_classes=9), **args))
+        assert run(sample, *argv)[0] == 0
+    sit_of(path, 9, width=48, heads=3)
+    assert "add --heads" in mistakes(sample, *argv, expect=1)[1]
+    assert run(sample, *argv, "--heads=3")[0] == 0 and "5 heads for width 48" in mistakes(sample, *argv, "--heads=5")[1]
+    sit_of(path, 9, channels=16)
+    for more in ([], ["--vae", write_vae(tmp_path / "v.safetensors")]):
+        assert "draws 16 channels; needed are 3 (pixels) or the 4" in mistakes(sample, *argv, *more, expect=1)[1]
 
 
 def test_checkpoints_from_urls(tmp_path, monkeypatch):
@@ -2554,16 +3070,22 @@ def merged_on_all_cores(out):
     return out
 
 
-def test_merge_of_two_ranks(one_rank, ranked, merged_on_all_cores, tmp_path):
+def test_merge_of_two_ranks(one_rank, ranked, merged_on_all_cores, moved, tmp_path):
     """One rank, two, two without torchrun, and one that goes on where two were stopped."""
     shutil.copytree(ranked / "merge", tmp_path / "merge")
     for path in sorted(next((tmp_path / "merge" / "cache").iterdir()).iterdir())[7:]:       # in the second iteration
         path.unlink()
     argv = ranked_runs(tmp_path)[-1][1]
     assert run(merge_rl, *argv, "--resume")[0] == 0
-    one, *more = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
-                  for out in (one_rank, ranked, merged_on_all_cores, tmp_path))
-    assert all((one - other).abs().max() < 1e-4 for other in more), (one, more)
+    one, near = (torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
+                 for out in (one_rank, moved))
+    for out in (ranked, merged_on_all_cores, tmp_path):
+        # Each candidate is drawn by one rank: until the first rewards are known nothing is rounded differently.
+        for path in sorted((one_rank / "merge" / "cache" / "rl").iterdir())[:5]:            # the start, four candidates
+            a, b = (models.read_checkpoint(str(x)) for x in (path, out / path.relative_to(one_rank)))
+            assert torch.equal(a["w"], b["w"]) and torch.equal(a["features"], b["features"]), path
+        found = torch.tensor(json.load(open(out / "merge" / "merge.json"))["coefficients"]["rl"])
+        assert_near(found, one, near, 1e-3)
 
 
 def test_merge_from_files_of_statistics(tmp_path):
@@ -2598,6 +3120,33 @@ def test_merge_mistakes(tmp_path):
     for argv, code, said in table:
         found, line = mistakes(merge_rl, "--out", tmp_path / "o", "--num_real=100", "--ckpts", *argv)
         assert found == code and said in line, (argv, found, line)
+
+
+def test_merging_finds_its_files(tmp_path):
+    """Globs in the order of numbers, ~ as the home; two training runs of EDM2 share no Fourier features."""
+    for name in ("step9000.pt", "step10000.pt", "step200.pt"):
+        (tmp_path / name).write_bytes(b"")
+    names = [os.path.basename(path) for path in merge_rl.find_checkpoints([str(tmp_path / "step*.pt")])]
+    assert names == ["step200.pt", "step9000.pt", "step10000.pt"]
+    (tmp_path / "run[1]").mkdir()
+    odd = [str(tmp_path / "run[1]" / name) for name in ("a.pt", "b.pt")]
+    for path in odd:
+        pathlib.Path(path).write_bytes(b"")
+    assert merge_rl.find_checkpoints(odd) == odd, "a file of that name comes before a pattern"
+    assert "no file matches" in mistakes(merge_rl, "--ckpts", tmp_path / "x*.pt", "--out", tmp_path / "o", expect=2)[1]
+    for path, seed in (("a.pt", 0), ("b.pt", 1)):
+        random_edm2(tmp_path / path, seed, model_channels=4, channel_mult=[1, 2], attn_resolutions=[8])
+    argv = ["--images=20", "--pairs=1", "--reference=80", "--budget=120", "--steps=2", "--num=0", "--num_real=70",
+            "--out", tmp_path / "o", "--ckpts"]
+    assert "two training runs, unet.emb_fourier.freqs differs" in mistakes(
+        merge_rl, *argv, tmp_path / "a.pt", tmp_path / "b.pt", expect=1)[1]
+    half, model = tmp_path / "half.pt", models.load(str(tmp_path / "a.pt"))
+    parts = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(dict(parts, ema={k: v.half() for k, v in parts["ema"].items()}), half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        code, out, err = run(merge_rl, *argv, "~/a.pt", "~/half.pt")
+    assert code == 0, err
 
 
 # ---- Resuming, stopping, skipping ----------------------------------------------------------------------------------
@@ -2729,6 +3278,75 @@ def test_a_signal_saves_and_ends(tmp_path, number, monkeypatch):
     assert f"stopped by {number.name}" in line
 
 
+def test_a_second_run_keeps_the_first(tmp_path):
+    """The files of the run before move to OUT/previous, which is said first; a run may even start from its result."""
+    out, other = tmp_path / "o", tmp_path / "o" / "mine.txt"
+    argv = [*SHORT, "--iters=1", "--out", out]
+    assert run(train_rl, *argv)[0] == 0 and not (out / "previous").exists()
+    other.write_text("not of a run")
+    first = {p.name: p.read_bytes() for p in out.iterdir() if p != other}
+    for seed in (1, 2):
+        code, said, err = run(train_rl, *argv, f"--seed={seed}", "--ckpt", out / "ckpt.pt")
+        assert code == 0 and said.startswith(f"{out / 'ckpt.pt'} is of a run before: as this one starts, its"), said
+        found = {p.name: p.read_bytes() for p in (out / "previous").iterdir()}
+        assert found == first and other.exists(), "one generation"
+        first = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p != other}
+    before = whole_tree(out)
+    assert "copy it elsewhere" in mistakes(train_rl, *argv, "--ckpt", out / "previous" / "ckpt.pt", expect=2)[1]
+    few = put(tmp_path / "few", {f"{i}.png": png() for i in range(9)})
+    assert "need more than 64" in mistakes(train_rl, *argv, "--real", few)[1]
+    assert "--iters" in mistakes(train_rl, *argv, "--itrs=3")[1] and "no checkpoint" in mistakes(
+        train_rl, *argv, "--ckpt=none.pt")[1] and whole_tree(out) == before, "a mistake moves nothing"
+
+    # Killed and resumed, a run that started from the result of the one before is what it would have been.
+    argv = [*SHORT, "--save_every=1", "--ckpt", out / "ckpt.pt", "--pull=0.5"]
+    shutil.copytree(out, tmp_path / "w")
+    assert run(train_rl, *argv[:-2], tmp_path / "w" / "ckpt.pt", "--pull=0.5", "--out", tmp_path / "w")[0] == 0
+    killed_at(8, [*argv, "--out", out])
+    code, said, err = run(train_rl, *argv, "--out", out, "--resume")
+    assert code == 0 and "resumed at iteration" in said, err
+    end = [torch.load(folder / "state.pt", weights_only=True)["model"] for folder in (out, tmp_path / "w")]
+    assert all(torch.equal(end[0][k], end[1][k]) for k in end[0])
+
+    merge = [*BRIEF, "--budget=700", "--num=0", "--out", tmp_path / "m"]
+    assert run(merge_rl, *merge)[0] == 0
+    code, said, err = run(merge_rl, *merge[:1], tmp_path / "m" / "merged.pt", *merge[1:])
+    assert code == 0 and said.startswith(f"{tmp_path / 'm' / 'merged.pt'} is of a run before"), (said, err)
+    assert (tmp_path / "m" / "previous" / "cache").is_dir()
+    merged = json.load(open(tmp_path / "m" / "merge.json"))["ckpts"][0]
+    assert merged == str(tmp_path / "m" / "previous" / "merged.pt")
+
+    base = ["--real", make_folder(tmp_path / "f", 20, 0), "--out", tmp_path / "b.pt", "--minutes=0.01"]
+    assert run(models, *base)[0] == 0
+    data = (tmp_path / "b.pt").read_bytes()
+    code, said, err = run(models, *base)
+    assert code == 0 and said.startswith(f"{tmp_path / 'b.pt'} is of a run before"), (said, err)
+    assert (tmp_path / "previous" / "b.pt").read_bytes() == data
+
+
+@pytest.mark.parametrize("script, argv", [(fid, ["--features=factors"]), (sample, []), (models, ["--only=base"])])
+def test_signals_and_no_memory_end_in_one_line(tmp_path, monkeypatch, script, argv):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(9)
+
+    def full(*args, **kwargs):
+        torch.empty(2**60)
+
+    def full_of_numbers(*args, **kwargs):
+        np.zeros(2**59)
+
+    place, name = (models, "tiny_images") if script is models else (sample, "trajectory")
+    for trouble, code, said in ((interrupted, 130, "stopped by SIGINT"), (full, 1, "lower --batch_size"),
+                                (full_of_numbers, 1, "lower --batch_size")):
+        monkeypatch.setattr(place, name, trouble)
+        found, _, err = run(script, *argv, *([] if script is models else ["--num=20"]))
+        lines = [line for line in re.split(r"[\r\n]", err) if line.startswith("error: ")]
+        assert found == code and len(lines) == 1 and said in lines[0] and "Traceback" not in err, (found, err)
+
+
 def test_what_is_not_finite_is_skipped(tmp_path, monkeypatch):
     loss, kl, calls = train_rl.ppo_loss, train_rl.path_kl, []
     argv = [*SHORT, "--objective=ppo", "--out", tmp_path]
@@ -2782,10 +3400,19 @@ def test_two_nodes_are_one(of_two_nodes, two_ranks):
     assert of_two_nodes == two_ranks
 
 
+def broken_for_rank_1(path):
+    """A folder of 8 images of which one that the second of two ranks reads is damaged: broken.png."""
+    noise = Image.effect_noise((16, 16), 60)
+    name = lambda i: "broken.png" if i == 3 else f"{i}.png"
+    put(path, {name(i): png(noise) for i in range(8)})
+    while models.open_images(str(path)).names.index("broken.png") % 2 == 0:         # another image, another order
+        put(path, {f"{len(os.listdir(path))}.png": png(noise)})
+    return put(path, {"broken.png": b"\x89PNG...."})
+
+
 @beside
 def broken_on_one_node(out):
-    folder = make_folder(out / "f", 8, 0)
-    (out / "f" / "003.png").write_bytes(b"\x89PNG....")
+    folder = broken_for_rank_1(out / "f")
     began = time.time()
     codes, said = two_nodes("fid.py", "--real", folder, "--features=tiny", "--stats", out / "s.npz")
     return out, codes, said, time.time() - began
@@ -2800,7 +3427,7 @@ def test_a_rank_that_fails_ends_the_others(broken_on_one_node):
     assert codes == [1, 1] and seconds < 100, said                      # a minute, after torch was loaded
     lines = "".join(said).split("\n")
     named = [line for line in lines if line.startswith("error")]
-    assert len(named) == 1 and "003.png is not a readable image" in named[0], said
+    assert len(named) == 1 and "broken.png is not a readable image" in named[0], said
     notes = [line for line in lines if line.startswith("note: ")]
     assert notes == ["note: rank 0 ends, as another rank has ended"] or (
         not notes and "closing signal SIGTERM" in "".join(said)), said
@@ -2875,8 +3502,7 @@ def test_a_script_uses_all_cores(on_all_cores, two_ranks):
 
 @beside
 def mistakes_on_all_cores(out):
-    folder = make_folder(out / "f", 8, 0)
-    (out / "f" / "003.png").write_bytes(b"\x89PNG....")
+    folder = broken_for_rank_1(out / "f")
     runs = [by_hand("fid.py", "--features=tiny", "--stats", out / "s.npz", "--real", real) for real in
             (folder, out / "none")]
     # A copy that cannot even import: rank 0 has imported already.
@@ -2889,12 +3515,12 @@ def mistakes_on_all_cores(out):
 def test_a_script_on_all_cores_names_a_mistake_once(mistakes_on_all_cores):
     """A broken image that one rank alone reads, a folder that none finds, and a copy that ends before it joins."""
     ((broken, lines), missing, late), alone = mistakes_on_all_cores
-    assert alone and broken == 1 and sum("003.png is not a readable image" in line for line in lines) == 1, lines
+    assert alone and broken == 1 and sum("broken.png is not a readable image" in line for line in lines) == 1, lines
     assert missing[0] == 2 and len(missing[1]) == 1 and "does not exist" in missing[1][0], missing
     assert late[0] == 1 and "a process for another core did not start" in late[1][-1], late
 
 
-TURNS = [*SHORT, "--batch=200", "--reference=400", "--objective=forward", "--credit=subset", "--subset=10",
+TURNS = [*SHORT, "--batch=100", "--reference=200", "--objective=forward", "--credit=subset", "--subset=10",
          "--cosine=false"]
 
 
@@ -2904,20 +3530,18 @@ def in_turns(out):
         script = by_hand("train_rl.py", *TURNS, f"--iters={iters}", "--resume", "--changed", "--out", out,
                          threads=threads)
         said = script.communicate(timeout=100)
-        assert script.returncode == 0 and f"{200 // threads} per rank" in said[0], said
+        assert script.returncode == 0 and f"{100 // threads} per rank" in said[0], said
         assert iters == 2 or f"resumed at iteration {iters - 2}" in said[0], said
     return out
 
 
-def test_ranks_may_change_in_mid_run(tmp_path, in_turns):
-    """1 rank, 2 ranks, 1 rank: the same images and distances as on 1 rank all along."""
-    assert run(train_rl, *TURNS, "--out", tmp_path)[0] == 0
-    for a, b in zip(open(in_turns / "log.jsonl"), open(tmp_path / "log.jsonl"), strict=True):
-        a, b = json.loads(a), json.loads(b)
-        assert a["images"] == b["images"] and math.isclose(a["fd"], b["fd"], rel_tol=1e-5)
-    states = [models.load(str(k / "ckpt.pt")).state_dict() for k in (in_turns, tmp_path)]
-    worst = max((states[0][k] - states[1][k]).abs().max().item() for k in states[0])
-    assert worst < 1e-5 * max(v.abs().max() for v in states[0].values()), worst
+def test_ranks_may_change_in_mid_run(tmp_path, in_turns, moved):
+    """1 rank, 2 ranks, 1 rank: as on 1 rank all along, to the bit until the first change, and then up to rounding."""
+    for name, options in ("whole", []), ("moved", ["--ckpt", moved / RANKED[0]]):
+        assert run(train_rl, *TURNS, *options, "--out", tmp_path / name)[0] == 0
+    began = [open(out / "log.jsonl").readlines()[:2] for out in (in_turns, tmp_path / "whole")]
+    assert began[0] == began[1]
+    assert_same_run(in_turns, tmp_path / "whole", tmp_path / "moved")
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------
@@ -2942,11 +3566,12 @@ def test_import_direction():
 
 @beside
 def imported(out):
-    imports = "import sample, fid, reward, models, train_rl, merge_rl"
+    imports = "import sys; sys.modules['resource'] = None; import sample, fid, reward, models, train_rl, merge_rl"
     return subprocess.run([sys.executable, "-c", imports, "--bogus"], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_import_is_silent(imported):
+    """Also where `resource` does not exist, as on Windows."""
     assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
 
 
@@ -3056,7 +3681,8 @@ def mutated_members(data, rng):
 def samples_of_formats(folder):
     """{name: (bytes of a good file, its name, a function that reads it)}."""
     picture, found = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), {}
-    images = lambda path: list(models.image_batches(os.path.dirname(path) if "pictures" in path else path, 16))
+    images = lambda path: list(models.image_batches(models.open_images(
+        os.path.dirname(path) if "pictures" in path else path), 16))
     for form in ("png", "jpeg", "webp"):
         data = io.BytesIO()
         picture.save(data, form)
@@ -3087,7 +3713,7 @@ def samples_of_formats(folder):
     vae = write_vae(pathlib.Path(folder) / "v.safetensors")
     return found | {
         "zip": (archive.getvalue(), "a.zip", images),
-        "npz images": (arrays.getvalue(), "a.npz", lambda path: list(fid.npz_images(path, 0, 16))),
+        "npz images": (arrays.getvalue(), "a.npz", images),
         "npz statistics": (moments.getvalue(), "a.npz", lambda path: fid.read_statistics(path, tiny)),
         "pkl statistics": (read(path_of("ref_edm2.pkl")), "a.pkl", lambda path: fid.read_statistics(path, other)),
         "pkl network": (read(path_of("malicious_edm2_src.pkl")), "a.pkl", network),
@@ -3181,9 +3807,11 @@ if __name__ == "__main__":
         kills(int(sys.argv[2]))
     elif sys.argv[1] == "mutations":
         sys.exit(bool(mutations(float(sys.argv[2]), int((sys.argv + [0])[3]))))
-    elif sys.argv[1] == "sharded":          # these two under torchrun, by tests
+    elif sys.argv[1] == "sharded":          # these three under torchrun, by tests
         sharded_figures(sys.argv[2])
     elif sys.argv[1] == "ranked":
         sharded_figures(os.path.join(sys.argv[2], "sharded.pt"))
         for script, argv in ranked_runs(sys.argv[2]):
             script.main(argv)
+    elif sys.argv[1] == "moved":
+        moved_runs(sys.argv[2])

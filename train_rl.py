@@ -26,7 +26,6 @@ import os
 import signal
 import sys
 import time
-import weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from json import dumps
@@ -34,24 +33,24 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from fid import WEIGHTS, Nets, distance, evaluate, feature_net, histogram_distance, real_summaries, stored_moments
-from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, image_size,
-                    is_statistics, print0, read_checkpoint, renoise, save, setup, share_cores, whole, writable, write)
+from fid import (WEIGHTS, Nets, choose_networks, distance, evaluate, feature_net, histogram_distance, notes_on,
+                 real_summaries, stored_moments)
+from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, holds_run,
+                    image_size, is_statistics, move_aside, of_the_run_before, peak_memory, print0, read_checkpoint,
+                    renoise, save, setup, share_cores, whole, writable, write)
 from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
 from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
                     schedule, self_trained, trajectory)
 
 # -----------------------------------------------------------------------------
-ckpt = "" # .pt or .pkl file, its URL or the name of an asset; empty: the tiny base
+ckpt = "" # .pt, .pkl or .safetensors file, its URL or the name of an asset; empty: the tiny base
+heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
-real = "tiny" # real images: "tiny", a folder, a zip, or .npz or .pkl of their statistics (mu, sigma)
+real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
 out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
 json = "" # also write the table before / after to this file
 seed = 0 # of rollouts; evaluation has its own stream
@@ -74,7 +73,7 @@ batch_size = 250 # images in one pass, per rank
 bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
 # what is rewarded
 reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
-features = ["tiny"] # feature networks of the reward; the changes of several are summed, each over its present distance
+features = [] # feature networks of the reward; several: changes are summed, each over its distance; empty: see judges
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
 subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
@@ -107,11 +106,11 @@ ema = 0.9 # weight average per iteration; the average is what is evaluated and s
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
 # how it is judged
-judges = ["tiny2", "tiny", "pixels", "factors"] # feature nets of the table; the first is held out from the reward
+judges = [] # feature nets of the table, the first held out; empty: tiny ones at 16 px, else inception (features too)
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
 stream = "report" # which noise and real images judge: report, or select to choose options by
 num_real = 20000 # real images of the tiny world, each for reward and judging; of a folder each gets half
-num_prdc = 3000 # KID and the neighbour metrics use the first so many
+num_prdc = 3000 # KID and the neighbour metrics use so many of the images, a fixed random subset
 eval_full = False # also evaluate a fifth of the images with 5 times the steps
 # -----------------------------------------------------------------------------
 
@@ -536,21 +535,12 @@ def check(c, world):
         fail("--neon_images does nothing with --neon=0; leave it out")
     if c.lr < 0:
         fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
-    if not c.judges or len(set(c.judges)) < len(c.judges):
-        fail(f"judges {c.judges}: needed are different feature networks, at least one")
-    if c.features_path and not {*c.features, *c.judges} & set(WEIGHTS):
-        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} among --features and --judges; leave it out")
-    if not c.features or len(set(c.features)) < len(c.features):
-        fail(f"features {c.features}: needed are different feature networks, at least one")
-    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
-        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
     if is_statistics(c.real) and c.reward in ("kid", "mmd"):
         fail(f"{c.real} has statistics only, {c.reward} needs real images: --real=tiny, a folder or a zip")
-    if c.moments and (c.reward != "fd" or len(c.features) > 1):
-        fail("--moments are those of one feature network, for --reward=fd")
-    if c.reward == "sample" and (c.credit != "image" or len(c.features) > 1 or c.real != "tiny"):
-        fail("a sample-wise reward is an image's own, by one network that knows the classes: "
-             "--credit=image, one of --features, --real=tiny")
+    if c.moments and c.reward != "fd":
+        fail("--moments are for --reward=fd")
+    if c.reward == "sample" and (c.credit != "image" or c.real != "tiny"):
+        fail("a sample-wise reward is an image's own, by a network that knows the classes: --credit=image, --real=tiny")
     if c.json and not c.num:
         fail("--json writes the table before / after, and with --num=0 there is none")
     # An option that would do nothing is a mistake too.
@@ -766,8 +756,8 @@ def train(c, model, nets, real, plans, stop, stored=None):
         if rank == 0:
             log.write(dict(row, skipped=at["skipped"], images=at["drawn"]), seconds, c)
         if at["in_a_row"] == 5:
-            fail("5 iterations in a row had features, a gradient or a path KL that are not finite; the last good state "
-                 f"is {os.path.join(c.out, 'state.pt')}: go on with a lower --lr by --resume --changed", code=1)
+            fail("5 iterations in a row had features, a gradient or a path KL that are not finite; "
+                 f"{last_state(c.out)}: go on with a lower --lr by --resume --changed", code=1)
         number = torch.tensor(stop.number)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         if number or at["it"] == c.iters or at["it"] % c.save_every == 0:
@@ -780,6 +770,9 @@ def train(c, model, nets, real, plans, stop, stored=None):
 
 
 # ---- What a run leaves behind --------------------------------------------------------------------------------------
+
+LEFT = ("ckpt.pt", "before.png", "after.png", "log.jsonl", "times.jsonl", "state.pt", "state.previous.pt", "before.pt",
+        "start.pt")
 
 # Options that a resumed run may change without being told: they are not of the training.
 FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "stream", "num_prdc", "eval_full")
@@ -818,6 +811,13 @@ def judged_before(c):
     return kept["rows"] if same else None
 
 
+def last_state(out):
+    """Where the last good state is, for people."""
+    paths = [os.path.join(out, name) for name in ("state.pt", "state.previous.pt")]
+    there = [path for path in paths if os.path.isfile(path)]
+    return f"the last good state is {there[0]}" if there else f"no state was saved in {out} yet"
+
+
 class Log:
     """
     OUT/log.jsonl, a line per iteration, which is the same however often a run is stopped and resumed (from `position`,
@@ -848,8 +848,7 @@ class Log:
             timing = dict(it=row["it"], images_per_second=c.batch / total, seconds=seconds)
             print(dumps(timing), file=self.times, flush=True)
         except OSError as e:
-            fail(f"cannot write {self.path} ({e.strerror}); the last good state is "
-                 f"{os.path.join(c.out, 'state.pt')}", code=1)
+            fail(f"cannot write {self.path} ({e.strerror}); {last_state(c.out)}", code=1)
         for phase, s in seconds.items():
             self.phases[phase] += s
         if "grad_norm" not in row:
@@ -867,73 +866,14 @@ class Log:
         if self.rows == len(c.rollout) and left:                            # each sampler once
             total = sum(self.phases.values())
             tqdm.write(f"{self.rows} iterations took {total:.1f} s: {left} more in about "
-                       f"{total * left / self.rows / 60:.1f} minutes")
-
-
-class Peak(TorchDispatchMode):
-    """The largest number of bytes, .peak, that were alive at a time of what operations made beside `known` tensors."""
-    def __init__(self, known):
-        super().__init__()
-        self.now, self.peak, self.alive = 0, 0, WeakIdKeyDictionary({x.untyped_storage(): True for x in known})
-
-    def add(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **kwargs or {})
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in self.alive:
-                self.alive[storage] = True
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-
-def activations(model, n, horizon=0, net=None):
-    """
-    Bytes that the backward pass of n images needs beside weights and gradients, through `horizon` steps, decoder and
-    net if there is one: on tensors without memory.
-    """
-    network = Guided(model.model, bf16=model.bf16)
-    n *= 1 + (model.scale != 1 and model.guide is None)                 # the null class of guidance comes on top
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        known = [fake.from_tensor(x) for x in (*network.parameters(), *network.buffers())]
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-                 for p in network.parameters() if p.requires_grad]
-        with Peak(known) as counted:
-            x = torch.zeros(n, *network.shape, device=known[0].device)
-            t, y = x.new_full((n,), 0.5), x.new_zeros(n, dtype=torch.int64)
-            for _ in range(max(1, horizon)):
-                x = network(x, t, y)
-            (net(decode(model, x, quantize=False)) if net else x).sum().backward()
-        for hook in hooks:
-            hook.remove()
-    return counted.peak
-
-
-def memory_estimate(c, model, net, plans, world):
-    """Line for people: what a rank needs during training, in GB, known from sizes alone."""
-    weights = sum(p.numel() for p in model.model.parameters())
-    courses, steps = len(plans), max(len(plan.t) for plan in plans.values())
-    rollout = 2 * (steps + 1) * (c.batch // world) * math.prod(model.shape)             # states and velocities
-    parts = {"weights": weights, "their average": weights, "base": weights * (c.pull > 0), "undo": weights,
-             "gradients": weights, "Adam": 2 * courses * weights, "rollout": rollout,
-             "moments": 2 * (2 + courses) * net.dim**2}
-    gb = {name: 4 * count / 2**30 for name, count in parts.items()}
-    pathwise = c.objective == "pathwise"
-    pairs = c.batch // world * (1 if pathwise else c.times or c.steps)
-    gb["activations"] = activations(model, min(c.micro_batch, pairs), *(c.horizon, net) if pathwise else ()) / 2**30
-    largest = ", ".join(f"{name} {x:.1f}" for name, x in gb.items() if x >= 0.1)
-    return (f"memory per rank {sum(gb.values()):.2f} GB{largest and f' ({largest})'}, beside the passes of feature "
-            "networks and decoder")
+                       f"{total * left / self.rows / 60:.1f} minutes; memory so far {peak_memory():.2f} GB")
 
 
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     if argv is None:
         share_cores(c, c.batch)
-    with Stop() as stop:
+    with Stop("; go on with --resume", "--batch_size and --micro_batch") as stop:
         run(c, stop)
 
 
@@ -942,6 +882,9 @@ def run(c, stop):
     rank, world, device = setup()
     began = time.time()
     check(c, world)
+    met = not c.resume and holds_run(c.out, ("ckpt.pt", "state.pt", "state.previous.pt"), [c.ckpt, c.guide, c.moments])
+    if c.resume:
+        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
     model = load_guided(c, device)
     own, given = FAMILIES[model.family], c.given
     c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr")})
@@ -960,6 +903,9 @@ def run(c, stop):
     c["horizon"] = c.horizon if "horizon" in given else min(c.horizon, fewest)
     if c.objective == "pathwise" and not 1 <= c.horizon <= fewest:
         fail(f"horizon {c.horizon}: needed is 1 to {fewest}, the sampler's steps")
+    choose_networks(c, image_size(model), ["tiny2", "tiny", "pixels", "factors"])
+    if len(c.features) > 1 and (c.moments or c.reward == "sample"):
+        fail(f"--moments and --reward=sample are for one feature network, --features names {len(c.features)}")
     check_classes(c.real, model.num_classes)
     for block in model.modules():
         if isinstance(block, Recomputed):
@@ -983,8 +929,7 @@ def run(c, stop):
     print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
            f"{c.steps} steps: {c.objective}{after} on {' '.join(c.rollout)}; {c.credit} credit of "
-           f"{c.reward} in {nets.name} ({nets.dim}-d)\n"
-           + memory_estimate(c, model, nets, plans, world))
+           f"{c.reward} in {nets.name} ({nets.dim}-d)" + (f", judged in {' '.join(c.judges)}" if c.num else ""))
 
     # Judge the base first: if the real data do not fit, better to know before training.
     num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
@@ -1003,14 +948,23 @@ def run(c, stop):
         real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
         floors = {num: floors_of(c, judges, real_report, num, device, size)
                   for num in dict.fromkeys(num for _, _, num in samplers)}
-        before = judged_before(c)
+        before, images = judged_before(c), None
         if before is None:
             before, images = judge_model(model, judges, real_report, floors, samplers, c)
+        if met:                             # the options and the data are known to work
+            move_aside(c.out, LEFT)
+            c["ckpt"] = of_the_run_before(c.ckpt, c.out)
+        if images is not None:
             if rank == 0:
                 save_grid(os.path.join(c.out, "before.png"), images)
                 write(os.path.join(c.out, "before.pt"), dict(config=dict(c, resume=False), rows=before))
+        for row in before:
+            notes_on(row, made[row["features"]].dim)
         print0(f"base judged after {time.time() - began:.0f} s")
 
+    elif met:
+        move_aside(c.out, LEFT)
+        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
     train_began = time.time()
     if c.neon:
         step_away(c, model, plans)
