@@ -1,34 +1,28 @@
 """
-Fine-tuning of an image generator by reinforcement learning whose reward is an improvement of FID.
+Policy-gradient fine-tuning of an image generator whose reward is a fall of FID.
 
 One iteration: seeds -> noise -> steps -> images -> features -> moments -> FD -> advantage -> update. The reward is a
-property of the whole set: how much FD falls if a subset of a generated reference set is replaced (--credit=subset, the
-paper, arXiv 2607.02291), or its first variation for every single image (--credit=image, the default). --reward=kid or
-mmd put another distance in place of FD; --reward=sample is the contrast, a classifier that sees one image at a time.
-Three objectives learn from it. ppo is the paper's policy gradient through the noisy steps of the SDE. forward re-noises
-rewarded images, so that any sampler can draw them. pathwise, the default, follows the gradient of the first variation
-through the feature network and the sampler's last steps: it learns fastest, and needs networks that have a gradient. It
-starts with rejection sampling, a few iterations that learn to draw the best quarter of the images again, for a little
-more precision. With --neon=1 a run first steps away from self-training (Neon, arXiv 2510.03597), which needs no reward.
+property of the whole set: by how much does the Frechet distance (FD) of a set of generated images fall when a subset of
+it is replaced by new ones ("Optimizing Visual Generative Models via Distribution-wise Rewards", arXiv 2607.02291)? With
+--subset=1, the default, each image is its own subset: how much larger were FD without it (LOO-FID, arXiv 2603.23086)?
 
-Left out on purpose: a value network (the mean of an image's class is the baseline) and a KL term in the loss (steps are
-small, their KL is exact, printed and bounded).
+Left out on purpose: a value network (the mean of equal labels is the baseline), a KL term in the loss (one update per
+rollout; its path KL is exact, printed and bounded).
 
-python train_rl.py                                              # tiny model, minutes on two CPU cores
-python train_rl.py --ckpt=edm2-tiny                             # the same for EDM2
-python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after python models.py --real FOLDER
-python train_rl.py --ckpt SiT-XL-2-256.pt --vae vae.safetensors --features inception --real stats.npz --judges inception
-torchrun --nproc_per_node=8 train_rl.py                         # any number of ranks draws the same images
+python train_rl.py                                              # a tiny SiT that draws too much blue, three minutes
+python train_rl.py --objective=forward --samplers flow euler    # re-noised images instead: any sampler, ODEs too
+python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after lab/pretrain.py --real FOLDER
+torchrun --nproc_per_node=8 train_rl.py --preset=paper --ckpt SiT-XL-2-256.pt --vae vae.safetensors --real stats.npz
 """
 import copy
+import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from contextlib import nullcontext
-from json import dumps
 from typing import NamedTuple
 
 import torch
@@ -36,347 +30,586 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import (WEIGHTS, Nets, choose_networks, distance, evaluate, feature_net, histogram_distance, notes_on,
-                 real_summaries, stored_moments)
-from models import (CLASSES, Config, Recomputed, Stop, check_classes, configure, fail, gather, holds_run,
-                    image_size, is_statistics, move_aside, of_the_run_before, peak_memory, print0, read_checkpoint,
-                    renoise, save, setup, share_cores, whole, writable, write)
-from reward import KernelSet, ReferenceSet, Stream, SumSet, gaussian_kernel, long_enough, standard_error
-from sample import (NOISE, Guided, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, save_grid,
-                    schedule, self_trained, trajectory)
+from fid import Nets, compare, public, reward_networks, table_of
+from models import (Recomputed, Stop, configure, fail, gather, holds_run, move_aside, normalize_filters, note,
+                    of_the_run_before, peak_memory, print0, save, setup, take_preset, whole, writable, write)
+from reward import KernelSet, ReferenceSet, Stream, long_enough
+from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, renoise, save_curves,
+                    save_grid, schedule, trajectory)
 
 # -----------------------------------------------------------------------------
-ckpt = "" # .pt, .pkl or .safetensors file, its URL or the name of an asset; empty: the tiny base
-heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
-classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
+# files
+ckpt = "sit-tiny-skewed" # model to fine-tune: .pt, .pkl or .safetensors, or the name of an asset
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
-out = "out/train_rl" # folder for ckpt.pt, before.png, after.png, log.jsonl
-json = "" # also write the table before / after to this file
-seed = 0 # of rollouts; evaluation has its own stream
-resume = False # go on with the run in OUT; torchrun's restarts do so by themselves
-changed = False # resume although options differ from those of the run in OUT
+out = "out/train_rl" # folder for ckpt.pt, result.json, log.jsonl, before.png, after.png, curve.png
+preset = "" # paper (SiT-XL/2), large: options for full-size models, printed as the flags they stand for
+seed = 0 # of rollouts; evaluation has noise of its own
+resume = False # continue the run in OUT; torchrun's restarts do so by themselves
 save_every = 10 # iterations between two states to resume from
-# what is drawn
-iters = 75 # rollouts, each with `epochs` updates
+keep = 0 # also keep a checkpoint every so many iterations, OUT/ckpt-00050.pt; 0: only the last
+heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
+classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
+# rollouts
+iters = 100 # rollouts, each with `epochs` updates
 batch = 480 # images per rollout, over all ranks
-sampler = "" # of evaluation and of ppo's rollouts, see sample.py; empty: flow for SiT, ancestral for EDM2
-steps = 10 # network evaluations: heun, which needs two for a step, has half as many steps
-noise = 0.0 # its noise level; 0: 0.5 for SiT, 0.7 for EDM2
-last = 0.0 # its noise-free last step, see sample.py
+samplers = [] # of the rollouts, in turn, see sample.py; flow-30 has 30 steps; empty: flow for SiT, ancestral for EDM2
+steps = 10 # of a sampler without a number of its own
+noise = -1.0 # noise level of the SDE; -1: 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # guidance scale; 1: none
-cfg_channels = 0 # guide only the first so many channels; 0: all
 guide = "" # autoguidance: a weaker network in place of the null class
-guidance = 1.4 # its scale
-rollout = [] # samplers of the rollouts, in turn (not ppo); flow-30: of 30 steps; empty: SDE, ODE, both at 3x STEPS too
 batch_size = 250 # images in one pass, per rank
-bf16 = False # the network of rollouts and updates in bfloat16, all else in float32; rounding blurs clip if epochs > 1
-# what is rewarded
-reward = "fd" # fd; kid, mmd: kernel distances; sample: the classifier's log-probability of the image's label
-features = [] # feature networks of the reward; several: changes are summed, each over its distance; empty: see judges
+bf16 = False # the network of rollouts and updates in bfloat16, all else in float32
+# reward
+reward = "fd" # fd; kid; sample: the contrast, log-density of each image's features under the real Gaussian
+features = [] # feature networks of the reward; empty: tiny for images of 16 px, else inception
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
-credit = "image" # image: first variation of the distance; subset: the exact gain of its subset for each of its images
-subset = 20 # images per subset, with the labels of the members they replace (credit=subset)
-reference = 2000 # images of the generated reference set: its size, or its start (credit=image, if memory > 0)
-moments = "" # start from statistics (fid.py --images .. --stats) instead (credit=image, if memory > 0)
-memory = 0.0 # weight of the past in the streaming moments, per iteration (reward=fd, credit=image); raised if need be
-refresh = 0 # redraw a reference set after so many of its iterations; 0: a queue fed by rollouts (credit=subset)
-advantage = "reward" # reward; controls: zero, random (shuffled), constant (-1), rejection (1 for the best `top`)
-offset = 0.2 # forward, credit=image: added to advantages: the model keeps to what it draws; below 0 it drifts away
-top = 1.0 # train on this share of the images (or subsets), those with the largest absolute advantages
-bound = 5.0 # advantages are bounded to so many standard deviations
-# how it is learned
-neon = 0.0 # first a step away from self-training, so many times what that changes (OUT/start.pt); 0: none
-neon_images = 4000 # its own images that self-training uses, by each sampler of the rollouts
-objective = "pathwise" # pathwise: the reward's own gradient; forward: re-noised clean images; ppo: policy gradient
-times = 2 # random noisy steps (ppo; 0: all) or re-noised times (forward, rejection) of each image that are trained on
+subset = 1 # images that share a reward; 1: each its own; the paper's: 50
+reference = 2000 # generated images the reward starts from: the reference set (subset > 1), or earlier images (1)
+refresh = 0 # subset > 1: redraw the reference set every so many rollouts; 0: rollouts take the places of the oldest
+advantage = "reward" # reward; controls: shuffled, constant (-1)
+top = 1.0 # train on this share of the images (or subsets) only, those of the largest advantages
+# objective and update
+objective = "ppo" # ppo: policy gradient; forward: re-noised images; pathwise: through features and sampler (FD-loss)
+times = 4 # ppo: random noisy steps trained per image, 0: all; forward: random times each image is re-noised to
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
-horizon = 3 # pathwise: steps of the sampler, the last ones, that the gradient passes
-rejection = 0.13 # pathwise: this share of the iterations, the first, learns to draw the best quarter; EDM2's own is 0
-noisiest = 0.5 # forward, rejection: re-noise only to this share of the times, the noisiest, see forward_pairs
-proximal = 1.0 # forward, rejection: weight of |v - v_old|^2; acts only if epochs > 1
-lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
+horizon = 3 # pathwise: last steps of the sampler that the gradient passes
+lr = 0.0 # Adam; 0: 1.5e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
+beta2 = 0.99 # Adam's mean of squares
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
-grad_clip = 1.0 # bound on the gradient's norm (not on pathwise's own)
-kl_limit = 0.2 # nats per iteration and image, on noisy rollouts; a longer update is halved until it fits
-pull = 0.1 # after an update weights go this share (falls with lr) back to base or rejection; less: lower FD, precision
+kl_limit = 0.2 # trust region, nats per iteration and image: a longer update is shortened; 0: none
+anchor = 0.01 # after each update the weights move this fraction of the way back to the base (scaled by lr / its start)
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
-# how it is judged
-judges = [] # feature nets of the table, the first held out; empty: tiny ones at 16 px, else inception (features too)
+# evaluation
+judges = [] # feature nets of the table, the first held out; empty: tiny2, tiny, factors at 16 px, else inception
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
-stream = "report" # which noise and real images judge: report, or select to choose options by
-num_real = 20000 # real images of the tiny world, each for reward and judging; of a folder each gets half
-num_prdc = 3000 # KID and the neighbour metrics use so many of the images, a fixed random subset
-eval_full = False # also evaluate a fifth of the images with 5 times the steps
+stream = "report" # which noise and real images evaluate: report, or select to choose options by
 # -----------------------------------------------------------------------------
 
+# Defaults that depend on the model's family. EDM2 needs ten times the rate: its stored weights are ten times larger.
+FAMILIES = {"sit": dict(sampler="flow", ode="euler", lr=1.5e-4), "edm2": dict(sampler="ancestral", ode="heun", lr=1e-3)}
 
-# What is left open above, by family; EDM2's weights are of magnitude 1, ten times SiT's. Only SiT's were tuned.
-FAMILIES = {"sit": dict(sampler="flow", noise=NOISE["sit"], rollout=["flow", "euler"], ode="euler", lr=1e-4,
-                    rejection=rejection),
-            "edm2": dict(sampler="ancestral", noise=NOISE["edm2"], rollout=["ancestral", "heun"], ode="heun",
-                     lr=1e-3, rejection=0.0)}
+# The paper's settings for SiT-XL/2 (16 subsets in a rollout are our choice), and what we would run there instead, which
+# has not been run on real weights yet.
+PRESETS = {
+    "paper": dict(subset=50, reference=5000, refresh=10, batch=800, top=0.25, samplers=["sigma"], noise=1.0, steps=50,
+                  times=0, lr=1e-5, beta1=0.9, beta2=0.999, cosine=False, kl_limit=0.0, anchor=0.0, ema=0.0, iters=450,
+                  keep=50, micro_batch=16, batch_size=50),
+    "large": dict(objective="forward", reference=10000, batch=800, samplers=["sigma", "euler"], noise=1.0, steps=50,
+                  times=2, lr=1e-5, beta1=0.9, beta2=0.999, iters=450, keep=50, micro_batch=16, batch_size=50),
+}
+
+# Options that do nothing unless ..: named in one note when they are given all the same.
+IDLE = {"clip": lambda c: c.objective != "ppo" or c.epochs == 1, "horizon": lambda c: c.objective != "pathwise",
+        "times": lambda c: c.objective == "pathwise", "top": lambda c: c.objective == "pathwise",
+        "advantage": lambda c: c.objective == "pathwise", "refresh": lambda c: c.subset == 1}
 
 
-# ---- Rollout --------------------------------------------------------------------------------------------------------
+class Policy(NamedTuple):
+    """One sampler of the rollouts: its steps, the images that its reward compares with, its optimizer."""
+    plan: Schedule
+    nets: Nets                              # features of the reward
+    reference: object                       # Stream (subset=1), ReferenceSet or KernelSet, of such features
+    labels: torch.Tensor                    # (N,) of its members (subset > 1)
+    optimizer: torch.optim.Adam
+
+
+class Rollout(NamedTuple):
+    """Images of one iteration; of this rank, but for the group, which is that of all images of the rollout."""
+    states: torch.Tensor                    # (K + 1, n, C, H, W), from noise to clean
+    outputs: torch.Tensor                   # (K, n, C, H, W): what the network said at the start of each step
+    labels: torch.Tensor                    # (n,)
+    advantages: torch.Tensor                # (n,)
+
+
+def main(argv=None):
+    c = configure(globals(), sys.argv[1:] if argv is None else argv)
+    with Stop(smaller="--batch_size and --micro_batch") as stop:
+        run(c, stop)
+
+
+def run(c, stop):
+    """The whole run with options c; signals end it, the first one after an iteration."""
+    rank, world, device = setup()
+    began = time.time()
+    take_preset(c, PRESETS)
+    if c.preset == "large":
+        note("--preset=large has not been run on real weights yet")
+    check(c, world)
+    met = not c.resume and holds_run(c.out, ("ckpt.pt", "state.pt", "state.previous.pt"), [c.ckpt, c.guide])
+    c["ckpt"] = of_the_run_before(c.ckpt, c.out) if c.resume else c.ckpt
+    model = load_guided(c, device)
+    plans = settle(c, model)
+    nets, real = reward_networks(c, model, device)
+    if c.reward == "kid" and real.features is None:
+        fail(f"{c.real} has statistics only, --reward=kid needs real images: tiny, a folder, a zip or an .npz")
+    describe(c, model, nets, world)
+
+    # Evaluate the base first: if the real data do not fit, better to know before training.
+    judge = both_samplers(c, model, device) if c.num else lambda model: []
+    before = judge(model)
+    if met:                                 # options and data are known to work
+        kept = {name for _, _, names in os.walk(c.out) for name in names if re.fullmatch(r"ckpt-\d+\.pt", name)}
+        move_aside(c.out, [*LEFT, *kept])
+        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
+    if before and rank == 0:
+        save_grid(os.path.join(c.out, "before.png"), before[0]["images"])
+        print0(f"base evaluated after {time.time() - began:.0f} s")
+
+    # The base, to which an anchor holds; the average, which is what counts in the end; a policy for each sampler.
+    params = [p for p in model.parameters() if p.requires_grad]
+    base, average = [p.detach().clone() for p in params], copy.deepcopy(model)
+    average_params = [p for p in average.parameters() if p.requires_grad]
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    state = read_state(c) if c.resume else None
+    policies, drawn = begin_policies(c, model, nets, real, plans, params, state)
+    it, drawn, skipped = restore(c, state, model, average, policies) if state else (0, drawn, 0)
+    rows, train_began = begin_log(c.out, it), time.time()
+
+    # The first signal waits for the end of the iteration.
+    stop.patient, stop.then = True, "; continue with --resume"
+    with tqdm(total=c.iters, initial=it, desc="training", unit="iteration", disable=rank > 0 or None) as bar:
+        while it < c.iters:
+            policy, clock = policies[c.samplers[it % len(c.samplers)]], time.time()
+            rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
+            turn = it // len(c.samplers)    # of this sampler
+            if c.subset > 1 and c.refresh and turn and turn % c.refresh == 0:
+                policy.labels.copy_(torch.arange(len(policy.labels)) % model.num_classes)
+                policy.reference.push(draw_features(c, model, nets, policy.plan, drawn, policy.labels))
+                drawn += len(policy.labels)
+
+            # Draw. Every rank its share: image i depends on (seed, i) and its label alone.
+            labels, groups = rollout_labels(model.num_classes, c.batch, c.subset, rng)
+            mine = torch.arange(drawn, drawn + c.batch)[rank::world], labels[rank::world].to(device)
+            states, outputs = roll_out(model, *mine, policy.plan, c.seed, c.batch_size)
+            drawn += c.batch
+
+            # Reward. Every rank sees the features of all images.
+            features = gather(nets(decode(model, states[-1])), c.batch)
+            row = dict(it=it, sampler=c.samplers[it % len(c.samplers)], images=drawn)
+            if features.isfinite().all():
+                reward = rewards_of(policy, features, labels, groups, c, rng)
+                advantages = advantages_of(reward, groups, c.advantage, c.top, rng).repeat_interleave(c.subset)
+
+                # Learn.
+                rollout = Rollout(states, outputs, mine[1], advantages[rank::world].to(device))
+                row |= dict(fd=policy.reference.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
+                            **learn(c, ddp, policy, rollout, it, rng))
+            good = math.isfinite(row.get("grad_norm", math.nan)) and math.isfinite(row.get("kl") or 0)
+            if good:
+                with torch.no_grad():
+                    torch._foreach_lerp_(params, base, c.anchor * row["lr"] / c.lr)
+                    torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
+
+            # Log, save.
+            it, skipped = it + 1, 0 if good else skipped + 1
+            log(c, rows, row, time.time() - clock, bar)
+            if skipped == 5:
+                fail(f"5 iterations in a row had features, a gradient or a path KL that are not finite; "
+                     f"{last_state(c.out)}: resume it with a lower --lr", code=1)
+            stopped = torch.tensor(stop.number)
+            dist.all_reduce(stopped, dist.ReduceOp.MAX)
+            if stopped or it == c.iters or it % c.save_every == 0:
+                save_state(c, it, drawn, skipped, model, average, policies)
+            if c.keep and it % c.keep == 0 and rank == 0:
+                save(os.path.join(c.out, f"ckpt-{it:05d}.pt"), average.model)
+            if stopped:
+                name = signal.Signals(stopped.item()).name
+                print0(f"stopped by {name} after {it} iterations; continue with --resume")
+                raise SystemExit(128 + stopped.item())
+
+    stop.patient, train_seconds = False, time.time() - train_began
+    if rank == 0:
+        save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
+    print0(f"{drawn} images, {train_seconds:.0f} s of training, {peak_memory():.2f} GB")
+    after = judge(average.eval())
+    if rank == 0:
+        finish(c, before, after, rows, drawn, time.time() - began, train_seconds)
+
+
+# ---- Before the loop ------------------------------------------------------------------------------------------------
+
+def check(c, world):
+    """What people get wrong on the command line, before anything is loaded."""
+    for name, choices in (("reward", ("fd", "kid", "sample")), ("objective", tuple(OBJECTIVES)),
+                          ("advantage", ("reward", "shuffled", "constant")), ("stream", ("report", "select"))):
+        if c[name] not in choices:
+            fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
+    for name, least in dict(iters=1, batch=2 * world, subset=1, reference=2 * world, times=0, epochs=1, batch_size=1,
+                            micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0).items():
+        if c[name] < least:
+            fail(f"{name} {c[name]}: needed is at least {least}")
+    if c.batch % world:
+        fail(f"batch {c.batch} does not divide over {world} ranks; try {max(1, c.batch // world) * world}")
+    if c.batch % c.subset or c.batch == c.subset:
+        fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
+    if c.subset > 1 and c.reference < c.subset:
+        fail(f"reference {c.reference} is smaller than subset {c.subset}")
+    if c.subset > 1 and (c.reward == "sample" or c.objective == "pathwise"):
+        fail(f"--{'reward=sample' if c.reward == 'sample' else 'objective=pathwise'} is of single images: --subset=1")
+    if c.objective == "pathwise" and c.reward == "sample":
+        fail("--objective=pathwise follows the gradient of FD or KID, not of --reward=sample")
+    if c.advantage == "constant" and c.objective != "forward":
+        fail("a constant advantage has no expected gradient but under --objective=forward")
+    if c.num and c.num < 2 * world:
+        fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
+    shares = {name: c[name] for name in ("anchor", "ema", "beta1", "beta2")}
+    if not (0 < c.top <= 1 and 0 <= min(shares.values()) and max(shares.values()) < 1):
+        fail(f"top {c.top} must lie in (0, 1], {', '.join(f'{k} {v}' for k, v in shares.items())} in [0, 1)")
+    idle = [f"--{name}" for name, nothing in IDLE.items() if name in c.given and nothing(c)]
+    if idle:
+        print0(f"note: {' '.join(idle)} does nothing under --objective={c.objective} --subset={c.subset}")
+    writable(os.path.join(c.out, "ckpt.pt"))
+
+
+def settle(c, model):
+    """Fill in what depends on the model; returns {sampler: Schedule} of the rollouts."""
+    own, latents = FAMILIES[model.family], model.shape[0] != 3
+    size = sum(p.numel() for p in model.model.parameters())
+    if (latents or size > 50e6) and not c.preset and not {"lr", "micro_batch"} <= set(c.given):
+        fail(f"{size / 1e6:.0f} M parameters{', latents' * latents}: the defaults are those of a tiny model; choose "
+             "--preset=paper or large, or both --lr and --micro_batch")
+    c["lr"], c["noise"] = c.lr or own["lr"], NOISE[model.family] if c.noise == -1 else c.noise
+    c["samplers"] = c.samplers or [own["sampler"]]
+    plans = {name: schedule(*split_name(name, c.steps), c.noise, 0.0, model.sigmas) for name in c.samplers}
+    silent = [name for name, plan in plans.items() if not len(plan.noisy)]
+    if c.objective == "ppo" and silent:
+        fail(f"{silent[0]} has no noise, so ppo has no policy; leave it out, or add --objective=forward")
+    if c.objective == "pathwise" and not 1 <= c.horizon <= min(len(plan.t) for plan in plans.values()):
+        fail(f"horizon {c.horizon}: needed is 1 to the sampler's number of steps")
+    classes = model.num_classes
+    if c.subset > 1 and not c.refresh and rollout_labels(classes, c.batch, c.subset)[0].unique().numel() < classes:
+        fail(f"subsets of {c.subset} do not hold all {classes} classes, so rollouts would fill the reference set with "
+             "a few; add --refresh=10")
+    for block in model.modules():
+        if isinstance(block, Recomputed):
+            block.checkpointing = c.checkpointing
+    return plans
+
+
+def split_name(name, steps):
+    """Sampler and steps of a name like flow, or flow-30, which has steps of its own."""
+    sampler, _, number = name.rpartition("-")
+    return (sampler, int(number)) if sampler and number.isdecimal() else (name, steps)
+
+
+def both_samplers(c, model, device):
+    """A function of a model: rows of the table, by the first sampler of the rollouts and by the family's ODE."""
+    judge = table_of(c, model, device, c.stream, blue=True)
+    names = dict.fromkeys([c.samplers[0], FAMILIES[model.family]["ode"]])
+    pairs = [split_name(name, c.steps) for name in names]
+    return lambda model: [row for sampler, steps in pairs
+                          for row in judge(in_float32(model), f"{sampler}-{steps}", sampler, steps)]
+
+
+def describe(c, model, nets, world):
+    """The first lines of a run: its derived sizes."""
+    if c.ckpt == "sit-tiny-skewed":
+        print0("sit-tiny-skewed was made wrong on purpose: every digit it draws is good, but four of five are blue, "
+               "where the real ones have every colour. FD sees that; no single image shows it.")
+    unit = "each image its own credit" if c.subset == 1 else f"{c.batch // c.subset} subsets of {c.subset}"
+    print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
+           f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, by "
+           f"{' '.join(c.samplers)}, {c.steps} steps; {c.objective}, {unit}, reward {c.reward} in {nets.name} "
+           f"({nets.dim}-d)" + (f"; evaluated in {' '.join(c.judges)}" if c.num else ""))
+    if world == 1 and not torch.cuda.is_available() and torch.get_num_threads() > 1 and model.shape[-1] <= 32:
+        n = max(n for n in range(1, torch.get_num_threads() + 1) if c.batch % n == 0)
+        print0(f"one process; faster: torchrun --nproc_per_node={n} {os.path.basename(sys.argv[0])} ..")
+
+
+def begin_policies(c, model, nets, real, plans, params, state):
+    """
+    {sampler: Policy} and the number of images drawn. What a reward compares with is drawn by the base, or comes with
+    the state of a resumed run.
+    """
+    policies, drawn, device = {}, 0, params[0].device
+    memory = long_enough(0.0, c.batch, nets.dim)
+    wanted = c.reference if c.subset > 1 or memory > 0 else 0
+    if c.subset == 1 and c.reward == "kid": # a set, of which all images of a rollout are members
+        wanted = max(c.reference, c.batch)
+    elif c.subset == 1 and memory > 0:
+        print0(f"note: {c.batch} images a rollout are few for {nets.dim} dimensions; the moments keep earlier ones at "
+               f"{memory:.3f} of their weight per iteration")
+    for name, plan in plans.items():
+        labels = state["policies"][name]["labels"] if state else torch.arange(wanted) % model.num_classes
+        if wanted and not state:
+            features = draw_features(c, model, nets, plan, drawn, labels)
+            drawn += wanted
+        else:                               # none, or places for those of the state
+            features = torch.zeros(len(labels), nets.dim, device=device)
+        if c.reward == "kid":
+            reference = KernelSet(features, real.features)
+        else:
+            reference = (Stream(features, real.mu, real.cov, memory) if c.subset == 1 else
+                         ReferenceSet(features, real.mu, real.cov))
+        optimizer = torch.optim.Adam(params, c.lr, betas=(c.beta1, c.beta2))
+        policies[name] = Policy(plan, nets, reference, labels, optimizer)
+    return policies, drawn
+
+
+# ---- 1. Draw --------------------------------------------------------------------------------------------------------
+
+def rollout_labels(num_classes, batch, subset, rng=None):
+    """
+    Labels (batch,) of a rollout, and for each of its subsets (batch // subset,) the group in which gains are compared:
+    those of equal labels. Of single images the groups are the classes, or one group if classes have fewer than 8. Else
+    there are as many groups as balance the classes, or one, of random classes, if they would hold fewer than 4 subsets.
+    """
+    count = batch // subset
+    if subset == 1:
+        labels = torch.arange(batch) % num_classes
+        return labels, labels if batch >= 8 * num_classes else torch.zeros_like(labels)
+    groups = math.lcm(num_classes, subset) // subset
+    if count % groups or count < 4 * groups:
+        groups = 1
+    order = torch.randperm(num_classes, generator=rng) if groups == 1 else torch.arange(num_classes)
+    group_labels = order[torch.arange(groups * subset) % num_classes].view(groups, subset)
+    group = torch.arange(count) % groups
+    return group_labels[group].flatten(), group
+
 
 @torch.no_grad()
 def roll_out(model, indices, labels, plan, seed, batch_size):
     """
-    Images `indices` (n,) of the training stream: states (K+1, n, C, H, W) from noise to clean, velocities (or denoised
-    images, for EDM2) (K, n, C, H, W) at their starts.
+    Images `indices` (n,) of the training stream: states (K+1, n, C, H, W) from noise to clean, the network's outputs
+    (velocities, or denoised images of EDM2) (K, n, C, H, W) at their starts.
     """
     seeds = image_seeds(seed, "train", indices)
-    states, velocities = [], []
+    states, outputs = [], []
     for i in range(0, len(seeds), batch_size):
         xs, vs = zip(*trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size], plan))
         states.append(torch.stack(xs))
-        velocities.append(torch.stack(vs[:-1]))
-    return torch.cat(states, dim=1), torch.cat(velocities, dim=1)
+        outputs.append(torch.stack(vs[:-1]))
+    return torch.cat(states, dim=1), torch.cat(outputs, dim=1)
 
 
-def draw_features(model, net, first, count, plan, seed, batch_size, device):
-    """Features (count, d), on every rank, and labels of images first .. first + count - 1 of the training stream."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = torch.arange(first, first + count)[rank::world]
-    kept = []
-    for part in mine.split(batch_size):
-        states, _ = roll_out(model, part, part.to(device) % model.num_classes, plan, seed, batch_size)
-        kept.append(net(decode(model, states[-1])))
-    features = torch.cat(kept) if kept else torch.empty(0, net.dim, device=device)
-    return gather(features, count), torch.arange(first, first + count, device=device) % model.num_classes
+def draw_features(c, model, nets, plan, first, labels):
+    """Features (N, d), on every rank, of images first, first + 1, .. of the training stream with these labels (N,)."""
+    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    mine, kept = torch.arange(len(labels))[rank::world], []
+    for part in mine.split(c.batch_size):
+        states, _ = roll_out(model, first + part, labels[part].to(device), plan, c.seed, c.batch_size)
+        kept.append(nets(decode(model, states[-1])))
+    features = torch.cat(kept) if kept else torch.empty(0, nets.dim, device=device)
+    return gather(features, len(labels))
 
 
-# ---- Reward ---------------------------------------------------------------------------------------------------------
+# ---- 2. Reward and advantage ----------------------------------------------------------------------------------------
 
-def normalize(reward, labels, bound):
+BOUND = 5.0     # of advantages, in standard deviations
+
+
+def rewards_of(policy, features, labels, groups, c, rng):
     """
-    Advantages (n,): reward minus the mean of its class (of all, if classes have fewer than 8 images or labels is None),
-    over the standard deviation, bounded, and centred again: a constant left over would be a reward-free drift.
+    Reward of each subset of the rollout, (batch // subset,) float64, from all its features (batch, d).
+    subset > 1: the exact fall of FD when the subset takes the places of members of the reference set that have its
+    labels; all subsets of a group take the same places. subset 1: how much larger FD were without the image, among
+    those of this rollout and what is left of earlier ones. That is subset-replace for n = 1: what the image replaces
+    would be the same for all images that it competes with.
     """
-    centred = reward - reward.mean()
-    if labels is not None:
-        count = torch.bincount(labels)
-        if count[count > 0].min() >= 8:
-            mean = torch.zeros_like(count, dtype=reward.dtype).index_add_(0, labels, reward) / count.clamp(min=1)
-            centred = reward - mean[labels]
-    scaled = (centred / centred.std().clamp(min=1e-12)).clamp(-bound, bound)
-    return scaled - scaled.mean()
-
-
-def strongest(advantages, top):
-    """Advantages (n,) of the share `top` with the largest absolute values, centred again; 0 for the rest."""
-    kept = advantages.abs().argsort(descending=True, stable=True)[:max(2, round(top * len(advantages)))]
-    selected = torch.zeros_like(advantages)
-    selected[kept] = advantages[kept] - advantages[kept].mean()
-    return selected
-
-
-class ImageCredit:
-    """
-    Each image's own reward: minus the first variation of the distance of a stream or queue, the new images included.
-    gap: the share of the variance of the exact credit, leave-one-out, that the first variation misses.
-    """
-    def __init__(self, reference):
-        self.reference = reference
-
-    def __call__(self, features, labels, bound):
-        self.reference.push(features)
-        reward, exact = -self.reference.influence(features), self.reference.leave_one_out(features)
-        self.checks = dict(gap=1 - torch.corrcoef(torch.stack([reward, exact]))[0, 1].square().item())
-        return normalize(reward, labels, bound), reward
-
-    @property
-    def fd(self):
-        return self.reference.value
-
-    def state_dict(self):
-        return dict(reference=self.reference.state_dict())
-
-    def load_state_dict(self, state):
-        self.reference.load_state_dict(state["reference"])
-
-
-class SampleCredit(ImageCredit):
-    """The contrast: the classifier's log-probability of each image's label. The distance of the set is only watched."""
-    def __init__(self, reference, heads):
-        self.reference, self.heads, self.checks = reference, heads, {}
-
-    def __call__(self, features, labels, bound):
-        self.reference.push(features)
-        log_p = self.heads(features)[:, :CLASSES].double().log_softmax(1)
-        reward = log_p.gather(1, labels[:, None])[:, 0]
-        return normalize(reward, labels, bound), reward
-
-
-class SubsetCredit:
-    """
-    The paper's reward: the exact fall of the distance when a subset replaces reference images of the same labels.
-    deviation: of one gain from the whole evaluation.
-    """
-    def __init__(self, reference, labels, subset, seed):
-        self.reference, self.labels, self.subset = reference, labels.cpu(), subset
-        self.rng = torch.Generator().manual_seed(seed)
-
-    def slots_like(self, labels):           # (n,) labels => (n,) members of the same labels, drawn without replacement
-        slots = torch.empty(len(labels), dtype=torch.int64)
-        for k in labels.unique():
-            members = (self.labels == k).nonzero().flatten()
-            wanted = (labels == k).sum().item()
-            if wanted > len(members):
-                fail(f"the reference set has {len(members)} images of class {k}, a subset {wanted}; raise --reference")
-            slots[labels == k] = members[torch.randperm(len(members), generator=self.rng)[:wanted]]
-        return slots
-
-    def __call__(self, features, labels, bound):
-        groups, group_labels = features.view(-1, self.subset, features.shape[1]), labels.cpu().view(-1, self.subset)
-        # Subsets of the same labels compete for the same members: what is removed then tells nothing about them.
-        if (group_labels == group_labels[0]).all():
-            slots = self.slots_like(group_labels[0])
-        else:
-            slots = torch.stack([self.slots_like(y) for y in group_labels])
-        gains = self.reference.swap_gain(slots, groups)
-        self.checks = dict(deviation=self.reference.deviation)
-        return normalize(gains, None, bound), gains
-
-    def push(self, features, labels):
-        places = self.reference.push(features)
-        self.labels[places] = labels.cpu()[-len(places):]
-
-    @property
-    def fd(self):
-        return self.reference.value
-
-    def state_dict(self):
-        return dict(reference=self.reference.state_dict(), labels=self.labels, rng=self.rng.get_state())
-
-    def load_state_dict(self, state):
-        self.reference.load_state_dict(state["reference"])
-        self.labels = state["labels"]
-        self.rng.set_state(state["rng"])
-
-
-def advantages_of(reward_of, features, labels, c, rng):
-    """Advantages (n,) of the rollout's images, and the rewards behind them: per image, or per subset."""
+    reference = policy.reference
     try:
-        advantages, reward = reward_of(features, labels, c.bound)
+        if c.subset == 1:
+            reference.push(features)
+            if c.objective == "pathwise":   # it follows the gradient of this
+                return -reference.influence(features)
+            return log_density(features, reference) if c.reward == "sample" else reference.leave_one_out(features)
+        parts, part_labels = features.view(-1, c.subset, features.shape[1]), labels.view(-1, c.subset)
+        gains = torch.zeros(len(parts), dtype=torch.float64, device=features.device)
+        for group in groups.unique():
+            own = groups == group
+            gains[own] = reference.swap_gain(members_like(policy.labels, part_labels[own][0], rng), parts[own])
+        if not c.refresh:
+            places = reference.push(features).cpu()
+            policy.labels[places] = labels[-len(places):]
+        return gains
     except ValueError as e:
-        fail(f"{e}; raise --batch or --reference, or try another --credit or --features", code=1)
-    if c.advantage == "rejection":
-        advantages = (reward >= reward.quantile(1 - c.top)).to(reward)
-    elif c.advantage == "random":
-        advantages = advantages[torch.randperm(len(advantages), generator=rng).to(advantages.device)]
-    elif c.advantage != "reward":
-        advantages = torch.full_like(advantages, -1.0 if c.advantage == "constant" else 0.0)
-    elif c.top < 1:
-        advantages = strongest(advantages, c.top)
-    return advantages.repeat_interleave(len(features) // len(advantages)), reward   # a subset's images share its gain
+        fail(f"{e}; raise --batch or --reference", code=1)
 
 
-# ---- Update ---------------------------------------------------------------------------------------------------------
+def members_like(labels, wanted, rng):
+    """Random members of a reference set with labels (N,), one for each label wanted (n,), none twice => (n,)."""
+    slots = torch.empty(len(wanted), dtype=torch.int64)
+    for k in wanted.unique():
+        members, places = (labels == k).nonzero().flatten(), (wanted == k).nonzero().flatten()
+        if len(places) > len(members):
+            fail(f"the reference set has {len(members)} images of class {k}, a subset {len(places)}; raise --reference")
+        slots[places] = members[torch.randperm(len(members), generator=rng)[:len(places)]]
+    return slots
 
-def ppo_pairs(states, labels, advantages, plan, times, rng, rank, world):
+
+def log_density(features, reference):
+    """The sample-wise contrast: log-density (n,) of each image under the Gaussian of real data, up to a constant."""
+    centred = (features.double() - reference.real_mu).T
+    return -0.5 * torch.linalg.lstsq(reference.real_root, centred).solution.square().sum(0)
+
+
+def advantages_of(reward, groups, advantage, top, rng):
     """
-    (image, step) pairs of this rank to train on: `times` random noisy steps of each image (0: all). A dict of tensors
-    whose first axis is the pair.
+    Advantages like the rewards (n,): less the mean of the group, over the standard deviation of all, bounded, centred;
+    then only the share `top` of the largest, 0 for the rest. Controls: the same shuffled, or -1 for all.
     """
-    n = states.shape[1]
-    noisy = plan.noisy
+    mean = torch.stack([reward[groups == k].mean() for k in range(groups.max() + 1)])
+    centred = reward - mean[groups.to(mean.device)]
+    scaled = (centred / centred.std().clamp(min=1e-12)).clamp(-BOUND, BOUND)
+    scaled = scaled - scaled.mean()
+    if advantage == "shuffled":
+        scaled = scaled[torch.randperm(len(scaled), generator=rng).to(scaled.device)]
+    elif advantage == "constant":
+        scaled = torch.full_like(scaled, -1.0)
+    if top < 1:
+        rest = scaled.argsort(descending=True, stable=True)[max(1, round(top * len(scaled))):]
+        scaled[rest] = 0.0
+    return scaled
+
+
+# ---- 3. Learn: for each objective, what is trained on, and the loss -------------------------------------------------
+
+def ppo_pairs(rollout, policy, model, c, rng):
+    """
+    (image, step) pairs of this rank: `times` random noisy steps of each image (0: all). A dict of tensors whose first
+    axis is the pair.
+    """
+    rank, world, noisy = dist.get_rank(), dist.get_world_size(), policy.plan.noisy
+    n, device = len(rollout.labels), rollout.labels.device
     scores = torch.rand(n * world, len(noisy), generator=rng)[rank::world]      # the same for any number of ranks
-    k = noisy[scores.argsort(1)[:, :times or len(noisy)]].to(states.device)     # (n, times), no step twice
-    i = torch.arange(n, device=states.device)[:, None].expand_as(k)
+    k = noisy[scores.argsort(1)[:, :c.times or len(noisy)]].to(device)          # (n, times), no step twice
+    i = torch.arange(n, device=device)[:, None].expand_as(k)
     k, i = k.T.flatten(), i.T.flatten()
-    return dict(k=k, x=states[k, i], x_next=states[k + 1, i], y=labels[i], advantage=advantages[i].float())
+    return dict(k=k, x=rollout.states[k, i], x_next=rollout.states[k + 1, i], y=rollout.labels[i],
+                advantage=rollout.advantages[i].float())
 
 
-def forward_pairs(model, states, labels, advantages, times, noisiest, rng, rank, world):
-    """
-    Clean images of this rank, each re-noised at `times` random times of the share `noisiest`. A dict as ppo_pairs'.
-    E[A (u - v_old) | x_t] = Cov(A, u | x_t) + E[A | x_t] (E[u | x_t] - v_old): the first is the policy's improvement,
-    the second what the network gets wrong about its own images, and more near the data, where x_t tells A. Where A > 0
-    it closes that gap, where A < 0 it opens it, and an open gap grows by itself: an offset > 0 keeps it closed.
-    """
-    x1 = states[-1].repeat(times, 1, 1, 1)
-    n = states.shape[1]
-    noise = torch.cat([torch.randn(n * world, *x1.shape[1:], generator=rng)[rank::world] for _ in range(times)])
-    uniform = torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
-    uniform = noisiest * uniform if model.family == "sit" else 1 - noisiest * uniform
-    x, t, u, weight = renoise(model, x1, noise.to(x1.device), uniform.to(x1.device))
-    return dict(x=x, t=t, u=u, y=labels.repeat(times), advantage=advantages.float().repeat(times), weight=weight)
-
-
-def ppo_loss(model, part, old, plan, clip):
+def ppo_loss(model, part, old, policy, c):
     """-min(ratio A, clip(ratio) A) per pair; clip in nats. Returns loss (b,), log-probabilities (b,), share clipped."""
-    v = model(part["x"], plan.t.to(part["x"].device)[part["k"]], part["y"]).float()
-    log_p = log_prob(part["x_next"], *gaussian_step(plan, part["k"], part["x"], v))
+    plan, k = policy.plan, part["k"]
+    v = model(part["x"], plan.t.to(part["x"].device)[k], part["y"]).float()
+    log_p = log_prob(part["x_next"], *gaussian_step(plan, k, part["x"], v))
     log_ratio = log_p - (log_p.detach() if old is None else old)
-    ratio, bounded = log_ratio.exp(), log_ratio.clamp(-clip, clip).exp()
+    ratio, bounded = log_ratio.exp(), log_ratio.clamp(-c.clip, c.clip).exp()
     loss = -torch.minimum(ratio * part["advantage"], bounded * part["advantage"])
-    return loss, log_p.detach(), (log_ratio.abs() > clip).float().mean().item()
+    return loss, log_p.detach(), (log_ratio.abs() > c.clip).float().mean().item()
 
 
-def forward_loss(model, part, old, proximal):
+OFFSET = 0.2        # added to the advantages of single images under `forward`, see there
+NOISIEST = 0.5      # and they are re-noised to this share of the times, the noisiest
+
+
+def forward_pairs(rollout, policy, model, c, rng):
     """
-    -A (u - v_old) . v + (b/2) |v - v_old|^2, mean over dimensions. Returns loss (b,), v_old, 0.
+    Clean images of this rank, each re-noised at `times` random times. A dict as ppo_pairs'. The expected update is
+    Cov(A, u | x_t) + E[A | x_t] (E[u | x_t] - v_old). The first term is the policy's improvement. The second is the
+    network's own error on its images: with E[A] > 0 it is corrected, with E[A] < 0 amplified, and more so near the
+    data, where x_t tells A. Hence the offset, and the noisier half of the times.
+    """
+    rank, world, device = dist.get_rank(), dist.get_world_size(), rollout.labels.device
+    times, n, shape = max(1, c.times), len(rollout.labels), rollout.states.shape[2:]
+    noise = torch.cat([torch.randn(n * world, *shape, generator=rng)[rank::world] for _ in range(times)])
+    uniform = NOISIEST * torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
+    uniform = uniform if model.family == "sit" else 1 - uniform
+    x1, A = rollout.states[-1].repeat(times, 1, 1, 1), rollout.advantages.float()
+    A = torch.where(A == 0, A, A + OFFSET * (c.subset == 1 and c.advantage != "constant"))
+    x, t, u, weight = renoise(model, x1, noise.to(device), uniform.to(device))
+    return dict(x=x, t=t, u=u, y=rollout.labels.repeat(times), advantage=A.repeat(times), weight=weight)
+
+
+def forward_loss(model, part, old, policy, c):
+    """
+    -A (u - v_old) . v + |v - v_old|^2 / 2, mean over dimensions. Returns loss (b,), v_old, 0.
     EDM2: u = x1 and v = D, times 1 / c_out^2: as D = c_skip x + c_out F this is the same loss of its unit-variance F.
     """
     v = model(part["x"], part["t"], part["y"]).float()
     old = v.detach() if old is None else old
-    pull = ((part["u"] - old) * v).flatten(1).mean(1)
-    push = (v - old).square().flatten(1).mean(1)
-    return part["weight"] * (-part["advantage"] * pull + proximal / 2 * push), old, 0.0
+    gain = ((part["u"] - old) * v).flatten(1).mean(1)
+    drift = (v - old).square().flatten(1).mean(1)
+    return part["weight"] * (-part["advantage"] * gain + drift / 2), old, 0.0
 
 
-def pathwise_pairs(states, velocities, labels, plan, horizon):
+def pathwise_pairs(rollout, policy, model, c, rng):
     """
     Where each image's last `horizon` steps begin, and the noise of these steps, to which a corrector (heun) counts. A
     dict as ppo_pairs'.
     """
-    K = len(plan.t)
-    noise = [states[k + 1] - gaussian_step(plan, k, states[k], velocities[k])[0] for k in range(K - horizon, K)]
-    return dict(x=states[K - horizon], noise=torch.stack(noise, dim=1), y=labels)
+    plan, states, K = policy.plan, rollout.states, len(policy.plan.t)
+    noise = [states[k + 1] - gaussian_step(plan, k, states[k], rollout.outputs[k])[0] for k in range(K - c.horizon, K)]
+    return dict(x=states[K - c.horizon], noise=torch.stack(noise, dim=1), y=rollout.labels)
 
 
-def pathwise_loss(model, generator, part, plan, net, reference):
+def pathwise_loss(model, part, old, policy, c):
     """
-    First variation of each image with its gradient through the features, the decoder (quantised: straight through) and
-    the last steps of the sampler on the same noise: the gradient of the distance itself. Returns loss (b,), None, 0.
+    The gradient of the distance itself, as FD-loss (arXiv 2604.28190) takes it, through the features, the decoder
+    (quantised: straight through) and, as DRaFT (arXiv 2309.17400) truncates, the last steps of the sampler on the same
+    noise: first variation of each image. Returns loss (b,), None, 0.
     """
-    x, horizon = part["x"], part["noise"].shape[1]
+    plan, x, horizon = policy.plan, part["x"], part["noise"].shape[1]
     for j in range(horizon):
         k = len(plan.t) - horizon + j
         v = model(x, x.new_full((len(x),), plan.t[k].item()), part["y"]).float()
         x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
-    images = decode(generator, x, quantize=False)
-    return reference.influence(net(images + (images.to(torch.uint8) - images).detach())), None, 0.0
+    images = decode(model.module, x, quantize=False)
+    features = policy.nets(images + (images.to(torch.uint8) - images).detach())
+    return policy.reference.influence(features), None, 0.0
 
 
-def update(ddp, optimizer, pairs, loss_of, epochs, micro_batch, weight, grad_clip):
+OBJECTIVES = {"ppo": (ppo_pairs, ppo_loss), "forward": (forward_pairs, forward_loss),
+              "pathwise": (pathwise_pairs, pathwise_loss)}
+
+
+def learn(c, ddp, policy, rollout, it, rng):
+    """
+    The update on this rank's rollout, within the trust region; all randomness is drawn for the whole batch, so that it
+    does not depend on the ranks. An update that is not finite is taken back. Returns what is logged.
+    """
+    params = [p for p in ddp.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in params]
+    lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
+    policy.optimizer.param_groups[0]["lr"] = lr
+    pairs_of, loss_of = OBJECTIVES[c.objective]
+    pairs = pairs_of(rollout, policy, ddp.module, c, rng)
+    if "advantage" in pairs:                # what was not selected is not trained on
+        used = pairs["advantage"] != 0
+        used[0] |= ~used.any()              # but a rank without any still takes part in the collective
+        pairs = {k: x[used] for k, x in pairs.items()}
+    probe = probe_of(ddp.module, rollout, policy.plan, c) if c.kl_limit and len(policy.plan.noisy) else None
+    norm, clipped = update(ddp, policy, pairs, loss_of, c, 1 / len(rollout.labels))
+    kl, halvings = trust_region(ddp.module, params, start, probe, policy.plan, c) if probe else (None, 0)
+    if not (math.isfinite(norm) and math.isfinite(kl or 0)):
+        torch._foreach_copy_([p.detach() for p in params], start)
+        policy.optimizer.state.clear()      # Adam's moments may hold what was not finite
+    return dict(kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
+
+
+def update(ddp, policy, pairs, loss_of, c, weight):
     """`epochs` Adam steps on the pairs; gradients are summed over micro-batches and averaged over ranks."""
     n = len(pairs["y"])
-    parts = [{k: x[i:i + micro_batch] for k, x in pairs.items()} for i in range(0, n, micro_batch)]
+    parts = [{k: x[i:i + c.micro_batch] for k, x in pairs.items()} for i in range(0, n, c.micro_batch)]
     old = [None] * len(parts)
-    for _ in range(epochs):
-        optimizer.zero_grad()
+    for _ in range(c.epochs):
+        policy.optimizer.zero_grad()
         clipped = 0.0
         for j, part in enumerate(parts):
             with nullcontext() if j == len(parts) - 1 else ddp.no_sync():
-                loss, new_old, share = loss_of(ddp, part, old[j])
+                loss, new_old, share = loss_of(ddp, part, old[j], policy, c)
                 (loss.sum() * weight).backward()
             old[j] = new_old if old[j] is None else old[j]
             clipped += share / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), grad_clip).item()
+        # The gradient of FD itself has its own scale, which Adam takes out.
+        norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf if c.objective == "pathwise" else 1.0).item()
         if not math.isfinite(norm):
             break
-        optimizer.step()
+        policy.optimizer.step()
+    normalize_filters(ddp)
     return norm, clipped
 
 
-def exact(model):
+PROBED = 64     # images that the path KL is measured on, those of the smallest index on any number of ranks
+
+
+def in_float32(model):
     """The same network without bfloat16, whose rounding alone is 0.1 nats of path KL and more."""
     model = copy.copy(model)
     model.bf16 = False
@@ -384,431 +617,106 @@ def exact(model):
 
 
 @torch.no_grad()
-def outputs(model, states, labels, plan):
-    """What the network says at the start of each step: (K + 1, n, C, H, W) => (K, n, C, H, W)."""
-    return torch.stack([model(x, x.new_full((len(x),), t), labels) for x, t in zip(states, plan.t.tolist())])
+def probe_of(model, rollout, plan, c):
+    """States (K, n, ..), labels (n,) and outputs before the update (K, n, ..) of this rank's share of PROBED images."""
+    few = len(range(dist.get_rank(), min(PROBED, c.batch), dist.get_world_size()))
+    states, labels, outputs = rollout.states[:-1, :few], rollout.labels[:few], rollout.outputs[:, :few]
+    if c.bf16:
+        outputs = torch.stack([in_float32(model)(x, x.new_full((few,), t), labels)
+                               for x, t in zip(states, plan.t.tolist())])
+    return states, labels, outputs
 
 
 @torch.no_grad()
-def path_kl(model, states, velocities, labels, plan):
-    """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean over images, in nats."""
-    kl = torch.zeros((), device=states.device)
+def path_kl(model, probe, plan, count):
+    """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean of `count`, nats."""
+    states, labels, outputs = probe
+    kl = torch.zeros((), dtype=torch.float64, device=states.device)
     for k in plan.noisy.tolist():
-        t = torch.full((states.shape[1],), plan.t[k].item(), device=states.device)
-        change = model(states[k], t, labels).float() - velocities[k]
-        kl += plan.kappa[k].item() * change.square().sum() / states.shape[1]
+        t = torch.full((len(labels),), plan.t[k].item(), device=states.device)
+        kl += plan.kappa[k].item() * (in_float32(model)(states[k], t, labels) - outputs[k]).square().sum()
     dist.all_reduce(kl)
-    return kl.item() / dist.get_world_size()
+    return kl.item() / count
 
 
 @torch.no_grad()
-def guard(model, params, start, probe, plan, kl_limit):
+def trust_region(model, params, start, probe, plan, c):
     """
-    Take the step from `start` to the present params back, by halves, until its path KL is within the limit; it grows
-    with the square of the step. Returns the KL of what is left, in nats (None without noise), and the halvings. A KL
-    that is not finite is returned as it is.
+    Shorten the step from `start` to the present params if its path KL is above the limit. KL grows with the square of
+    the step, so halving the step quarters it: it is shortened by 2^-h with the smallest h that brings the KL below
+    (extrapolated, not measured again). Returns the KL of what is left, in nats per image, and h.
     """
-    if not len(plan.noisy):
-        return None, 0
-    kl = path_kl(model, *probe, plan)
+    kl = path_kl(model, probe, plan, min(PROBED, c.batch))
     if not math.isfinite(kl):
         return kl, 0
-    halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / kl_limit, 4)))
+    halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / c.kl_limit, 4)))
     if halvings:
         torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
     return kl / 4**halvings, halvings
 
 
-# ---- Judging --------------------------------------------------------------------------------------------------------
-
-KEYS = ("features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall", "density",
-        "coverage", "histogram", "histogram_floor")
-
-
-def judge_model(model, nets, real, floors, samplers, c):
-    """Rows of the table, every (sampler, steps, num) judged in every net, and the first images of the first sampler."""
-    rows, images = [], None
-    for name, steps, num in samplers:
-        last = c.last * samplers[0][1] / steps if name == c.sampler else 0.0    # its grid was chosen for the first row
-        found = evaluate(exact(model), nets, real, num, name, steps, c.noise, last, c.seed, c.stream, c.num_prdc,
-                         c.batch_size, keep=min(num, 200))
-        images = found["images"] if images is None else images
-        for net in nets:
-            kept = found[net.name]["kept"]
-            labels = torch.arange(len(kept), device=images.device) % model.num_classes
-            known = real[net.name].features if net.name == "factors" else None
-            histogram = None if known is None else histogram_distance(known, kept)
-            rows.append(dict(found[net.name], labels=labels, histogram=histogram, **floors[num][net.name]))
-    return rows, images
-
-
-def floors_of(c, judges, real, num, device, size):
-    """{net.name: floor and histogram_floor}: what real images, `num` of them, differ by from the real images `real`."""
-    none = {net.name: dict(floor=None, histogram_floor=None) for net in judges}
-    if is_statistics(c.real):
-        return none
-    own = real_summaries(c.real, judges, "floor", c.num_prdc, num, device, size)
-    found = own[judges[0].name].num
-    if found < num:
-        print0(f"note: no floor, as {c.real} has {found} real images for it, not {num}")
-        return none
-    return {name: dict(floor=distance(x, real[name]), histogram_floor=histogram_distance(
-        real[name].features, x.features) if name == "factors" else None) for name, x in own.items()}
-
-
-def table(before, after):
-    """Lines for people: every row before and after, on the same noise and labels; +- is one standard error."""
-    lines = [f"{'sampler':>9s} {'images':>6s} {'features':8s} {'FD before':>17s} {'after':>17s} {'change':>17s} "
-             f"{'floor':>7s} {'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
-
-    def with_error(value, error):
-        return f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
-
-    for b, a in zip(before, after):
-        paired = None
-        if b["psi"] is not None and a["psi"] is not None:
-            paired = standard_error(a["psi"] - b["psi"], b["labels"]) * math.sqrt(len(b["psi"]) / b["num"])
-        floor, down = "-", "-"
-        if b["floor"] is not None and b["fid"] > b["floor"]:
-            floor, down = f"{b['floor']:.3f}", f"{1 - (a['fid'] - b['floor']) / (b['fid'] - b['floor']):.0%}"
-        both = ["-" if b[k] is None else f"{b[k]:.3f} {a[k]:.3f}" for k in ("precision", "recall", "coverage")]
-        lines.append(f"{b['sampler'] + '-' + str(b['steps']):>9s} {b['num']:6d} {b['features']:8s} "
-                     f"{with_error(b['fid'], b['fid_se']):>17s} {with_error(a['fid'], a['fid_se']):>17s} "
-                     f"{with_error(a['fid'] - b['fid'], paired):>17s} {floor:>7s} {down:>5s} "
-                     + " ".join(f"{x:>13s}" for x in both))
-    return "\n".join(lines)
-
-
-def histograms(before, after):
-    """Lines for the views that no network learned: KID on raw pixels, histograms of the measured factors."""
-    lines = []
-    for b, a in zip(before, after):
-        name = f"{b['sampler']}-{b['steps']}"
-        if b["features"] == "pixels" and b["kid"] is not None:
-            lines.append(f"{name}: KID on raw pixels {b['kid']:.4f} -> {a['kid']:.4f}")
-        if b["histogram"] is not None:
-            floor = "" if b["histogram_floor"] is None else f" (floor {b['histogram_floor']:.4f})"
-            lines.append(f"{name}: histograms of the factors differ from real by {b['histogram']:.4f} -> "
-                         f"{a['histogram']:.4f}{floor}")
-    return "".join(line + "\n" for line in lines)
-
-
-def check(c, world):
-    """Everything on the command line that cannot work, before anything is loaded."""
-    for name, choices in (("reward", ("fd", "kid", "mmd", "sample")), ("credit", ("image", "subset")),
-                          ("objective", ("forward", "ppo", "pathwise")), ("stream", ("report", "select")),
-                          ("advantage", ("reward", "zero", "random", "constant", "rejection"))):
-        if c[name] not in choices:
-            fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
-    if c.batch % world:
-        fail(f"batch {c.batch} does not divide over {world} ranks; try {max(1, c.batch // world) * world}")
-    if c.credit == "subset" and (c.subset < 1 or c.batch % c.subset or c.batch == c.subset):
-        fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
-    if c.credit == "subset" and c.reference < c.subset:
-        fail(f"reference {c.reference} is smaller than subset {c.subset}")
-    if c.advantage in ("constant", "rejection") and c.objective != "forward":
-        fail(f"advantages that are not centred only add noise to ppo: --advantage={c.advantage} needs "
-             "--objective=forward")
-    if c.advantage == "rejection" and c.top == 1:
-        fail("--advantage=rejection trains on the best share of the images: needed is --top below 1, for example 0.25")
-    if c.objective == "pathwise" and (c.credit != "image" or c.reward == "sample"):
-        fail("--objective=pathwise needs --credit=image and a distribution-wise --reward; or add --objective=forward")
-    for name, least in dict(iters=1, epochs=1, batch_size=1, micro_batch=1, num_prdc=10, num_real=10, save_every=1,
-                            refresh=0, times=int(c.objective != "ppo"), batch=2 * world, reference=2 * world).items():
-        if c[name] < least:
-            fail(f"{name} {c[name]}: needed is at least {least}")
-    if c.num and c.num < 2 * world:
-        fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
-    shares = [c[name] for name in ("memory", "ema", "pull", "beta1", "rejection")]
-    if not (0 < c.top <= 1 and 0 < c.noisiest <= 1 and 0 <= min(shares) and max(shares) < 1):
-        fail(f"memory {c.memory}, ema {c.ema}, pull {c.pull}, beta1 {c.beta1} and rejection {c.rejection} must lie in "
-             f"[0, 1), top {c.top} and noisiest {c.noisiest} in (0, 1]")
-    if c.rejection and "rejection" in c.given and not 0 < round(c.rejection * c.iters) < c.iters:
-        fail(f"rejection {c.rejection} is {round(c.rejection * c.iters)} of {c.iters} iterations: needed is 0, or at "
-             "least one and not all")
-    for name in ("bound", "clip", "kl_limit", "grad_clip"):
-        if c[name] <= 0:
-            fail(f"{name} {c[name]}: needed is more than 0")
-    if c.neon < 0 or c.neon and c.neon_images < world:
-        fail(f"neon {c.neon} must not be negative, and neon_images {c.neon_images} at least {world}")
-    if not c.neon and "neon_images" in c.given:
-        fail("--neon_images does nothing with --neon=0; leave it out")
-    if c.lr < 0:
-        fail(f"lr {c.lr}: needed is more than 0, or 0 for the family's own")
-    if is_statistics(c.real) and c.reward in ("kid", "mmd"):
-        fail(f"{c.real} has statistics only, {c.reward} needs real images: --real=tiny, a folder or a zip")
-    if c.moments and c.reward != "fd":
-        fail("--moments are for --reward=fd")
-    if c.reward == "sample" and (c.credit != "image" or c.real != "tiny"):
-        fail("a sample-wise reward is an image's own, by a network that knows the classes: --credit=image, --real=tiny")
-    if c.json and not c.num:
-        fail("--json writes the table before / after, and with --num=0 there is none")
-    # An option that would do nothing is a mistake too.
-    idle = {"reward=kid": ("memory",), "reward=mmd": ("memory",), "credit=image": ("subset", "refresh"),
-            "credit=subset": ("memory", "moments", "offset"), "moments": ("reference",),
-            "objective=ppo": ("proximal", "rollout", "offset", "horizon", "rejection", "noisiest"),
-            "objective=forward": ("clip", "horizon", "rejection"),
-            "objective=pathwise": ("offset", "clip", "top", "advantage", "bound"),
-            "rejection=0": ("proximal", "times", "noisiest", "grad_clip")}
-    chosen = [f"{name}={c[name]}" for name in ("reward", "credit", "objective")] + ["moments"] * bool(c.moments)
-    chosen += ["rejection=0"] * (c.objective == "pathwise" and c.rejection == 0)
-    for where in chosen:
-        for name in set(idle.get(where, ())) & set(c.given):
-            other = ", or add --objective=forward" if where == "objective=pathwise" else ""
-            fail(f"--{name} does nothing with --{where}; leave it out{other}")
-    for path in filter(None, (os.path.join(c.out, "ckpt.pt"), c.json)):
-        writable(path)
-
-
-def step_away(c, model, plans):
-    """
-    The first part, which needs no reward: `model` in place steps away from what it becomes when it is trained on images
-    by each of `plans` (Neon, see sample.self_trained). Kept in OUT/start.pt, from where a resumed run takes it.
-    """
-    path, params = os.path.join(c.out, "start.pt"), [p for p in model.parameters() if p.requires_grad]
-    kept = read_checkpoint(path) if c.resume and os.path.isfile(path) else {}
-    same = torch.tensor(int(bool(kept) and (c.changed or kept.get("config") == of_the_run(c))))
-    dist.all_reduce(same, dist.ReduceOp.MIN)
-    if same:
-        model.model.load_state_dict(kept["ema"])
-        return
-    trained = self_trained(model, plans.values(), c.neon_images, c.seed, c.batch_size)
-    with torch.no_grad():
-        torch._foreach_lerp_(params, [p for p in trained.parameters() if p.requires_grad], -c.neon)
-    if dist.get_rank() == 0:
-        save(path, model.model, config=of_the_run(c))
-
-
-def rollout_plan(c, name, steps_of, sigmas):
-    """Schedule of the rollouts `name`: a sampler, with `steps` or with a number of its own (flow-30)."""
-    kind, _, number = name.rpartition("-")
-    kind, steps = (kind, int(number)) if kind and number.isdecimal() else (name, steps_of(name))
-    last = c.last * steps_of(kind) / steps if kind == c.sampler else 0.0    # as judge_model: a share of a step
-    return schedule(kind, steps, c.noise, last, sigmas)
-
-
-class Course(NamedTuple):
-    """What an iteration does: the sampler of its rollouts, and the state that belongs to it."""
-    plan: Schedule
-    reward_of: object                       # ImageCredit, SubsetCredit, ..: each sampler has its own reference set
-    optimizer: torch.optim.Adam
-
-
-def begin(c, plan, features, labels, stored, real, nets, params):
-    """A Course whose reference set starts from features (N, d), labels (N,), or from stored Moments."""
-    parts = []
-    for f, net in zip(features.split(nets.dims, dim=1), nets.nets):
-        known = real[net.name]
-        if c.reward == "kid":
-            parts.append(KernelSet(f, known.features))
-        elif c.reward == "mmd":
-            parts.append(KernelSet(f, known.features, gaussian_kernel(known.features)))
-        elif c.credit == "image":
-            stream = Stream(f, known.mu, known.cov, c.memory)
-            parts.append(stream.set(copy.copy(stored)) if stored else stream)
-        else:
-            parts.append(ReferenceSet(f[dist.get_rank()::dist.get_world_size()], known.mu, known.cov, sharded=True))
-    reference = SumSet(parts, nets.dims) if len(parts) > 1 else parts[0]
-    if c.reward == "sample":
-        reward_of = SampleCredit(reference, nets.nets[0].heads)
-    elif c.credit == "image":
-        reward_of = ImageCredit(reference)
-    else:
-        reward_of = SubsetCredit(reference, labels, c.subset, c.seed)
-    return Course(plan, reward_of, torch.optim.Adam(params, lr=c.lr, betas=(c.beta1, 0.99)))
-
-
-def learn(c, ddp, course, net, states, velocities, mine, advantages, it, rng):
-    """
-    The update on this rank's rollout, labels `mine`, and its guard; all randomness is drawn for the whole batch, so
-    that it does not depend on the ranks. A step that is not finite is taken back. Returns what is logged, and seconds.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    params = [p for p in ddp.parameters() if p.requires_grad]
-    clock, start = [time.perf_counter()], [p.detach().clone() for p in params]
-    if c.objective == "ppo":
-        pairs = ppo_pairs(states, mine, advantages[rank::world], course.plan, c.times, rng, rank, world)
-        loss_of = lambda m, part, old: ppo_loss(m, part, old, course.plan, c.clip)
-    elif c.objective == "pathwise":
-        pairs = pathwise_pairs(states, velocities, mine, course.plan, c.horizon)
-        loss_of = lambda m, part, old: pathwise_loss(m, ddp.module, part, course.plan, net, course.reward_of.reference)
-    else:
-        advantages = advantages + (c.offset if c.credit == "image" else 0.0)
-        pairs = forward_pairs(ddp.module, states, mine, advantages[rank::world], c.times, c.noisiest, rng, rank,
-                              world)
-        loss_of = lambda m, part, old: forward_loss(m, part, old, c.proximal)
-    lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
-    course.optimizer.param_groups[0]["lr"] = lr
-    few = max(1, 64 // world)
-    probe = states[:, :few], velocities[:, :few], mine[:few]
-    if c.bf16:
-        probe = states[:, :few], outputs(exact(ddp.module), states[:, :few], mine[:few], course.plan), mine[:few]
-    bound = math.inf if c.objective == "pathwise" else c.grad_clip
-    norm, clipped = update(ddp, course.optimizer, pairs, loss_of, c.epochs, c.micro_batch, 1 / len(mine), bound)
-    clock.append(time.perf_counter())
-
-    kl, halvings = guard(exact(ddp.module), params, start, probe, course.plan, c.kl_limit)
-    if not (math.isfinite(norm) and math.isfinite(kl or 0)):
-        torch._foreach_copy_([p.detach() for p in params], start)
-    clock.append(time.perf_counter())
-    return dict(kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr), [
-        ("update", clock[1] - clock[0]), ("guard", clock[2] - clock[1])]
-
-
-def train(c, model, nets, real, plans, stop, stored=None):
-    """
-    The iterations, on rollouts by the Schedules in `plans` {sampler: Schedule} in turn: fine-tunes `model` in place
-    and writes OUT/log.jsonl, OUT/times.jsonl and OUT/state.pt. The reference set is drawn, or known by its `stored`
-    Moments. An iteration whose features, gradient or path KL are not finite is skipped and counted. When `stop` holds a
-    signal the state is saved and the script ends. Returns the average of the weights (a model), and the images drawn.
-    """
-    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    draw = lambda first, plan: draw_features(model, nets, first, c.reference, plan, c.seed, c.batch_size, device)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)      # one copy of the gradients, not two
-    params = [p for p in model.parameters() if p.requires_grad]
-
-    # The reference sets are drawn by the base, with the first images of the training stream, unless they are known.
-    state, count = read_state(c) if c.resume else None, 0 if stored else c.reference
-    found = gather(torch.tensor([state["at"]["it"] if state else 0]), world).tolist()
-    if len(set(found)) > 1:
-        fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
-    blank = torch.zeros(count, nets.dim, device=device), torch.arange(count, device=device)
-    used = len(plans) * c.neon_images if c.neon else 0
-    courses = {name: begin(c, plan, *(blank if state or not count else draw(used + i * count, plan)), stored, real,
-                           nets, params) for i, (name, plan) in enumerate(plans.items())}
-    average = copy.deepcopy(model)
-    rejecting = Config(c, objective="forward", advantage="rejection", top=0.25, offset=0.0, pull=0.0)
-    first = round(c.rejection * c.iters)
-    base_params = [p.detach().clone() for p in params] if c.pull or first else []
-    average_params = [p for p in average.parameters() if p.requires_grad]
-    at = dict(it=0, drawn=used + len(courses) * count, turns=dict.fromkeys(courses, 0), skipped=0, in_a_row=0, log=0,
-              first=first)
-    if state:
-        at = state["at"]
-        first = at.setdefault("first", 0)   # as the run began, whatever --changed says now
-        model.model.load_state_dict(state["model"])
-        average.model.load_state_dict(state["average"])
-        if first and base_params:
-            torch._foreach_copy_(base_params, state["base"])
-        if set(courses) != set(state["courses"]):
-            fail(f"{c.out} has rollouts by {' '.join(state['courses'])}, now by {' '.join(courses)}; each has "
-                 "its own reference set and optimizer: resume with the same, or start in another folder")
-        for name, kept in state["courses"].items():
-            courses[name].optimizer.load_state_dict(kept["optimizer"])
-            courses[name].reward_of.load_state_dict(kept["reward"])
-        print0(f"resumed at iteration {at['it']}")
-    log = Log(c.out, at["log"]) if rank == 0 else None
-
-    def keep():
-        parts = {name: dict(optimizer=course.optimizer.state_dict(), reward=course.reward_of.state_dict())
-                 for name, course in courses.items()}
-        if rank == 0:
-            at["log"] = log.position()
-            write(os.path.join(c.out, "state.pt"), dict(config=of_the_run(c), at=at, model=model.model.state_dict(),
-                  average=average.model.state_dict(), base=base_params if first else [], courses=parts),
-                  previous=os.path.join(c.out, "state.previous.pt"))
-
-    stop.patient = True
-    for it in tqdm(range(at["it"], c.iters), desc="training", unit="iteration", disable=rank > 0 or None):
-        clock = [time.perf_counter()]
-        now = rejecting if it < first else c
-        if it == first > 0:                 # the gradient starts afresh, and is pulled back to what rejection has made
-            if base_params:
-                torch._foreach_copy_(base_params, [p.detach() for p in average_params])
-            for course in courses.values():
-                course.optimizer.state.clear()
-        name = c.rollout[it % len(c.rollout)]
-        course = courses[name]
-        if c.refresh and at["turns"][name] and at["turns"][name] % c.refresh == 0:
-            course.reward_of.push(*draw(at["drawn"], course.plan))
-            at["drawn"] += c.reference
-        at["turns"][name] += 1
-
-        # Every rank draws its share, and sees the features of all.
-        indices = torch.arange(at["drawn"], at["drawn"] + c.batch)
-        labels = indices.to(device) % model.num_classes
-        mine = labels[rank::world]
-        states, velocities = roll_out(model, indices[rank::world], mine, course.plan, c.seed, c.batch_size)
-        at["drawn"] += c.batch
-        clock.append(time.perf_counter())
-        features = gather(nets(decode(model, states[-1])), c.batch)
-        rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
-        row, finite, seconds = dict(it=it, sampler=name), bool(features.isfinite().all()), []
-        if finite:
-            advantages, reward = advantages_of(course.reward_of, features, labels, now, rng)
-            if c.credit == "subset" and not c.refresh:
-                course.reward_of.push(features, labels)
-            row |= {"fd" if c.reward == "sample" else c.reward: course.reward_of.fd, "reward": reward.mean().item(),
-                    "reward_std": reward.std().item(), **course.reward_of.checks}
-        clock.append(time.perf_counter())
-        if finite:
-            learned, seconds = learn(now, ddp, course, nets, states, velocities, mine, advantages, it, rng)
-            row |= learned
-            finite = math.isfinite(row["grad_norm"]) and math.isfinite(row["kl"] or 0)
-        if finite:
-            with torch.no_grad():
-                if now.pull:
-                    torch._foreach_lerp_(params, base_params, now.pull * row["lr"] / c.lr)
-                torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
-        at.update(it=it + 1, skipped=at["skipped"] + (not finite), in_a_row=0 if finite else at["in_a_row"] + 1)
-
-        seconds = dict([("rollout", clock[1] - clock[0]), ("reward", clock[2] - clock[1]), *seconds])
-        if rank == 0:
-            log.write(dict(row, skipped=at["skipped"], images=at["drawn"]), seconds, c)
-        if at["in_a_row"] == 5:
-            fail("5 iterations in a row had features, a gradient or a path KL that are not finite; "
-                 f"{last_state(c.out)}: go on with a lower --lr by --resume --changed", code=1)
-        number = torch.tensor(stop.number)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number or at["it"] == c.iters or at["it"] % c.save_every == 0:
-            keep()
-        if number:
-            print0(f"stopped by {signal.Signals(number.item()).name} after {at['it']} iterations; go on with --resume")
-            raise SystemExit(128 + number.item())
-    stop.patient = False
-    return average.eval(), at["drawn"], log
-
-
 # ---- What a run leaves behind --------------------------------------------------------------------------------------
 
-LEFT = ("ckpt.pt", "before.png", "after.png", "log.jsonl", "times.jsonl", "state.pt", "state.previous.pt", "before.pt",
-        "start.pt")
-
-# Options that a resumed run may change without being told: they are not of the training.
-FREE = ("out", "json", "resume", "changed", "save_every", "judges", "num", "stream", "num_prdc", "eval_full")
+LEFT = ("ckpt.pt", "result.json", "log.jsonl", "before.png", "after.png", "curve.png", "state.pt", "state.previous.pt")
+FREE = ("out", "resume", "save_every", "keep", "judges", "num", "stream")       # options that are not of the training
 
 
 def of_the_run(c):
-    return {name: value for name, value in c.items() if name not in FREE}
+    """What a checkpoint says of how it was made: the same whether the run was resumed or not."""
+    return {k: v for k, v in c.items() if k not in FREE}
+
+
+def save_state(c, it, drawn, skipped, model, average, policies):
+    """All that a resumed run needs, atomically; the state before it is kept as state.previous.pt."""
+    parts = {name: dict(optimizer=p.optimizer.state_dict(), reference=p.reference.state_dict(), labels=p.labels)
+             for name, p in policies.items()}
+    if dist.get_rank() == 0:
+        write(os.path.join(c.out, "state.pt"), dict(
+            config=of_the_run(c), it=it, drawn=drawn, skipped=skipped, policies=parts,
+            model=model.model.state_dict(), average=average.model.state_dict()),
+            previous=os.path.join(c.out, "state.previous.pt"))
 
 
 def read_state(c):
-    """The newest whole state in OUT, or None; options that differ from those it was made with end the script."""
-    for name in ("state.pt", "state.previous.pt"):
-        path = os.path.join(c.out, name)
+    """The newest whole state in OUT, or None. Options that differ from those it was made with are printed."""
+    for path in (os.path.join(c.out, name) for name in ("state.pt", "state.previous.pt")):
         if not os.path.isfile(path):
             continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            was = {k: state["config"].get(k) for k in of_the_run(c)}
+            other = [f"{k}={state['config'].get(k)}, now {v}" for k, v in of_the_run(c).items()
+                     if state["config"].get(k) != v]
+            for name in ("samplers", "features", "reward", "subset"):
+                was, now = state["config"][name], c[name]
+                if was != now:
+                    fail(f"{c.out} has {name} {was}, now {now}; each has its own reference: resume with the same, or "
+                         "start in another folder")
         except Exception as e:              # a file that was cut short can raise anything
             print0(f"note: {path} is cut short or damaged ({type(e).__name__}); trying the state before it")
             continue
-        odd = [f"{k}={was[k]}, now {v}" for k, v in of_the_run(c).items() if was[k] != v]
-        if odd and not c.changed:
-            fail(f"the run in {c.out} has {'; '.join(odd)}: repeat its options, or add --changed")
+        if other:
+            print0(f"note: the run in {c.out} had {'; '.join(other)}")
         return state
-    print0(f"note: {c.out} holds no state to resume from; starting from the beginning")
+    print0(f"note: {c.out} holds no state to resume; starting from the beginning")
     return None
 
 
-def judged_before(c):
-    """The rows of the base that the run in OUT judged with the same options, or None."""
-    path = os.path.join(c.out, "before.pt")
-    kept = read_checkpoint(path) if c.resume and os.path.isfile(path) else {}
-    same = torch.tensor(int(kept.get("config") == dict(c, resume=False)))
-    dist.all_reduce(same, dist.ReduceOp.MIN)            # OUT may be a folder of one node alone
-    return kept["rows"] if same else None
+def restore(c, state, model, average, policies):
+    """Put a state back; returns the iteration, the number of images drawn, and iterations skipped in a row."""
+    found = gather(torch.tensor([state["it"]]), dist.get_world_size()).tolist()
+    if len(set(found)) > 1:
+        fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
+    try:
+        model.model.load_state_dict(state["model"])
+    except RuntimeError:
+        fail(f"the state in {c.out} is not of a network like {c.ckpt}; start in another folder", code=1)
+    average.model.load_state_dict(state["average"])
+    for name, kept in state["policies"].items():
+        policies[name].optimizer.load_state_dict(kept["optimizer"])
+        policies[name].optimizer.param_groups[0]["betas"] = (c.beta1, c.beta2)
+        policies[name].reference.load_state_dict(kept["reference"])
+    print0(f"resumed at iteration {state['it']}")
+    return state["it"], state["drawn"], state["skipped"]
 
 
 def last_state(out):
@@ -818,179 +726,54 @@ def last_state(out):
     return f"the last good state is {there[0]}" if there else f"no state was saved in {out} yet"
 
 
-class Log:
-    """
-    OUT/log.jsonl, a line per iteration, which is the same however often a run is stopped and resumed (from `position`,
-    in bytes), and OUT/times.jsonl, which is not. Every twentieth line is shown.
-    """
-    def __init__(self, out, position):
-        self.path, self.phases, self.rows = os.path.join(out, "log.jsonl"), defaultdict(float), 0
-        try:
-            self.file = open(self.path, "r+b" if position else "wb")
-            self.times = open(os.path.join(out, "times.jsonl"), "a" if position else "w")
-        except OSError as e:
-            fail(f"cannot write {e.filename} ({e.strerror}); start again without --resume, in a folder of its own", 1)
-        if self.file.seek(0, os.SEEK_END) < position:
-            fail(f"{self.path} is shorter than the state beside it says; start again without --resume", code=1)
-        self.file.seek(position)
-        self.file.truncate()
-
-    def position(self):
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def write(self, row, seconds, c):
-        """The iteration's row and its seconds by phase."""
-        total = sum(seconds.values())
-        try:
-            self.file.write(dumps(row).encode() + b"\n")
-            self.file.flush()
-            timing = dict(it=row["it"], images_per_second=c.batch / total, seconds=seconds)
-            print(dumps(timing), file=self.times, flush=True)
-        except OSError as e:
-            fail(f"cannot write {self.path} ({e.strerror}); {last_state(c.out)}", code=1)
-        for phase, s in seconds.items():
-            self.phases[phase] += s
-        if "grad_norm" not in row:
-            tqdm.write(f"{row['it']:5d}  {row['sampler']:12s}  skipped: features are not finite")
-        elif row["it"] % max(1, c.iters // 20) == 0 or row["it"] == c.iters - 1:
-            kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
-            distance, = (f"{k} {row[k]:8.5g}" for k in ("fd", "kid", "mmd") if k in row)
-            checks = "".join(f"  {k} {row[k]:.0e}" for k in ("gap", "deviation") if k in row)
-            tqdm.write(f"{row['it']:5d}  {row['sampler']:12s}  {distance}  reward {row['reward']:+.1e} "
-                       f"+- {row['reward_std']:.1e}{checks}  kl {kl}  clipped {row['clipped']:4.0%}  "
-                       f"grad {row['grad_norm']:.1e}  {c.batch / total:6.0f} images/s"
-                       + (f"  skipped {row['skipped']}" if row["skipped"] else ""))
-        self.rows += 1
-        left = c.iters - row["it"] - 1
-        if self.rows == len(c.rollout) and left:                            # each sampler once
-            total = sum(self.phases.values())
-            tqdm.write(f"{self.rows} iterations took {total:.1f} s: {left} more in about "
-                       f"{total * left / self.rows / 60:.1f} minutes; memory so far {peak_memory():.2f} GB")
+def begin_log(out, it):
+    """Rows of OUT/log.jsonl before iteration `it`, to which it is cut, so that a resumed run leaves the same log."""
+    path, rows = os.path.join(out, "log.jsonl"), []
+    if it and os.path.isfile(path):
+        with open(path) as f:
+            rows = [json.loads(line) for line in f if line.endswith("}\n")][:it]
+    if dist.get_rank() == 0:
+        with whole(path) as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
-def main(argv=None):
-    c = configure(globals(), sys.argv[1:] if argv is None else argv)
-    if argv is None:
-        share_cores(c, c.batch)
-    with Stop("; go on with --resume", "--batch_size and --micro_batch") as stop:
-        run(c, stop)
-
-
-def run(c, stop):
-    """Judge, train, judge again: the script, with its options c and a Stop."""
-    rank, world, device = setup()
-    began = time.time()
-    check(c, world)
-    met = not c.resume and holds_run(c.out, ("ckpt.pt", "state.pt", "state.previous.pt"), [c.ckpt, c.guide, c.moments])
-    if c.resume:
-        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
-    model = load_guided(c, device)
-    own, given = FAMILIES[model.family], c.given
-    c = Config(c, **{name: c[name] or own[name] for name in ("sampler", "noise", "lr")})
-    steps_of = lambda sampler: max(2, c.steps // 2) if sampler == "heun" else c.steps
-    plans = {c.sampler: schedule(c.sampler, steps_of(c.sampler), c.noise, c.last, model.sigmas)}
-    if "rejection" not in given:
-        c["rejection"] = own["rejection"] if c.objective == "pathwise" else 0.0
-    if c.objective == "ppo":
-        c["rollout"] = [c.sampler]
-    else:                                   # a third of the step size too, or other numbers of steps gain less
-        c["rollout"] = c.rollout or own["rollout"] + [f"{name}-{3 * steps_of(name)}" for name in own["rollout"]]
-        plans = {name: rollout_plan(c, name, steps_of, model.sigmas) for name in c.rollout}
-    if c.objective == "ppo" and not len(plans[c.sampler].noisy):
-        fail(f"{c.sampler} has no noise, so ppo has no policy; leave --sampler out, or add --objective=forward")
-    fewest = min(len(plan.t) for plan in plans.values())
-    c["horizon"] = c.horizon if "horizon" in given else min(c.horizon, fewest)
-    if c.objective == "pathwise" and not 1 <= c.horizon <= fewest:
-        fail(f"horizon {c.horizon}: needed is 1 to {fewest}, the sampler's steps")
-    choose_networks(c, image_size(model), ["tiny2", "tiny", "pixels", "factors"])
-    if len(c.features) > 1 and (c.moments or c.reward == "sample"):
-        fail(f"--moments and --reward=sample are for one feature network, --features names {len(c.features)}")
-    check_classes(c.real, model.num_classes)
-    for block in model.modules():
-        if isinstance(block, Recomputed):
-            block.checkpointing = c.checkpointing
-    made = {name: feature_net(name, c.features_path if name in WEIGHTS else None, device)
-            for name in dict.fromkeys([*c.features, *c.judges])}
-    nets, judges = Nets([made[name] for name in c.features]), [made[name] for name in c.judges]
-    if c.reward == "sample" and not hasattr(nets.nets[0], "heads"):
-        fail(f"{nets.name} features have no classifier; --reward=sample needs --features=tiny or tiny2")
-    if c.credit == "image" and c.reward in ("fd", "sample"):
-        memory = long_enough(c.memory, c.batch, max(nets.dims))
-        if memory > c.memory:
-            print0(f"note: image credit in {max(nets.dims)} dimensions needs an effective number of "
-                   f"{5 * max(nets.dims)} images, {c.batch} a rollout at memory {c.memory} are fewer: memory is raised "
-                   f"to {memory:.5g}")
-        for name in {"reference", "moments"} & set(given) if memory == 0 else ():
-            fail(f"--{name} does nothing at memory 0, where the moments are those of each rollout alone; leave it out, "
-                 "or add --memory=0.5")
-        c = Config(c, memory=memory, reference=c.reference if memory else 0)
-    after = f" after {round(c.rejection * c.iters)} of rejection" if c.rejection else ""
-    print0(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.2f} M parameters, images {model.shape}, "
-           f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, "
-           f"{c.steps} steps: {c.objective}{after} on {' '.join(c.rollout)}; {c.credit} credit of "
-           f"{c.reward} in {nets.name} ({nets.dim}-d)" + (f", judged in {' '.join(c.judges)}" if c.num else ""))
-
-    # Judge the base first: if the real data do not fit, better to know before training.
-    num_real, size = c.num_real if c.real == "tiny" else 0, image_size(model)
-    kept = c.num_prdc if c.reward in ("kid", "mmd") else 1
-    real_train = real_summaries(c.real, nets.nets, "train", kept, num_real, device, size)
-    for net in nets.nets:
-        if 0 < real_train[net.name].num <= net.dim:
-            fail(f"{c.real} has {real_train[net.name].num} images for the reward; {net.name} features need more than "
-                 f"{net.dim}", 1)
-    stored = stored_moments(c.moments, nets.nets[0], device) if c.moments else None
-    if c.num:
-        samplers = [(name, steps_of(name), c.num) for name in (c.sampler, own["ode"])]
-        if c.eval_full:
-            samplers += [(name, 5 * steps, max(2 * world, c.num // 5)) for name, steps, _ in samplers]
-        samplers = list(dict.fromkeys(samplers))
-        real_report = real_summaries(c.real, judges, c.stream, c.num_prdc, num_real, device, size)
-        floors = {num: floors_of(c, judges, real_report, num, device, size)
-                  for num in dict.fromkeys(num for _, _, num in samplers)}
-        before, images = judged_before(c), None
-        if before is None:
-            before, images = judge_model(model, judges, real_report, floors, samplers, c)
-        if met:                             # the options and the data are known to work
-            move_aside(c.out, LEFT)
-            c["ckpt"] = of_the_run_before(c.ckpt, c.out)
-        if images is not None:
-            if rank == 0:
-                save_grid(os.path.join(c.out, "before.png"), images)
-                write(os.path.join(c.out, "before.pt"), dict(config=dict(c, resume=False), rows=before))
-        for row in before:
-            notes_on(row, made[row["features"]].dim)
-        print0(f"base judged after {time.time() - began:.0f} s")
-
-    elif met:
-        move_aside(c.out, LEFT)
-        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
-    train_began = time.time()
-    if c.neon:
-        step_away(c, model, plans)
-        print0(f"stepped away from self-training after {time.time() - train_began:.0f} s")
-    average, drawn, log = train(c, model, nets, real_train, plans, stop, stored)
-    train_seconds = time.time() - train_began
-    if rank == 0:
-        save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
-        print0(f"{drawn} images in {train_seconds:.0f} s: " + ", ".join(
-            f"{phase} {s:.1f} s ({s / sum(log.phases.values()):.1%})" for phase, s in log.phases.items()))
-    if not c.num:
-        print0(f"wrote {os.path.join(c.out, 'ckpt.pt')} and log.jsonl")
+def log(c, rows, row, seconds, bar):
+    """The iteration's row, in the log and, every so often, on the screen."""
+    bar.update()
+    rows.append(row)
+    if dist.get_rank() > 0:
         return
+    path = os.path.join(c.out, "log.jsonl")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        fail(f"cannot write {path} ({e.strerror}); {last_state(c.out)}", code=1)
+    if "grad_norm" not in row:
+        tqdm.write(f"{row['it']:5d}  {row['sampler']:10s}  skipped: features are not finite")
+    elif row["it"] % max(1, c.iters // 10) == 0 or row["it"] == c.iters - 1:
+        kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
+        tqdm.write(f"{row['it']:5d}  {row['sampler']:10s}  fd {row['fd']:8.5g}  reward {row['reward']:+.1e} +- "
+                   f"{row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
+                   f"{c.batch / seconds:6.0f} images/s")
 
-    after, images = judge_model(average, judges, real_report, floors, samplers, c)
-    print0(table(before, after) + "\n" + histograms(before, after).rstrip())
-    if rank == 0:
-        save_grid(os.path.join(c.out, "after.png"), images)
-        if c.json:
-            keep = lambda rows: [{k: row[k] for k in KEYS} for row in rows]
-            with whole(c.json) as f:
-                f.write(dumps(dict(before=keep(before), after=keep(after), seconds=time.time() - began,
-                                   train_seconds=train_seconds, images=drawn)).encode())
-    b, a = before[0], after[0]
-    print0(f"FD {b['fid']:.3f} -> {a['fid']:.3f} ({b['features']}, {b['sampler']}, {b['steps']} steps, {c.num} images) "
-           f"in {time.time() - began:.0f} s in all; {os.path.join(c.out, 'ckpt.pt')}, before.png, after.png, log.jsonl")
+
+def finish(c, before, after, rows, drawn, seconds, train_seconds):
+    """Pictures, curve, result.json and the table of a finished run."""
+    curves = {name: [(row["images"], row["fd"]) for row in rows if row["sampler"] == name and "fd" in row]
+              for name in c.samplers}
+    if any(curves.values()):                # not if every iteration was skipped
+        name = f"{c.reward} of the rollouts in {c.features[0]}"
+        save_curves(os.path.join(c.out, "curve.png"), curves, "images", name)
+    if after:
+        save_grid(os.path.join(c.out, "after.png"), after[0]["images"])
+        print0(compare(before, after))
+    with whole(os.path.join(c.out, "result.json")) as f:
+        shown = dict(before=[public(row) for row in before], after=[public(row) for row in after])
+        f.write(json.dumps(dict(shown, seconds=seconds, train_seconds=train_seconds, images=drawn)).encode())
+    print0(f"{seconds:.0f} s in all; {c.out}/ckpt.pt, result.json, log.jsonl, curve.png"
+           + (", before.png, after.png" if after else ""))
 
 
 if __name__ == "__main__":
