@@ -355,6 +355,7 @@ class Images(NamedTuple):
     path: str
     names: list                         # "/" between folders, without the folders that all of them are in
     read: Callable                      # name => PIL image
+    around: str = ""                    # the folders that all of them are in
     labels: object = None               # {name: label} of a dataset.json, empty if it has none; None without the file
 
 
@@ -511,7 +512,7 @@ def open_images(path):
             with Image.open(f, formats=[form for form in allowed if form in Image.OPEN]) as image:
                 return in_rgb(image)
 
-    return Images(path, hashed_order(inner), read, labels)
+    return Images(path, hashed_order(inner), read, around.lstrip("/"), labels)
 
 
 def tool_labels(found, where, inner):
@@ -526,7 +527,7 @@ def tool_labels(found, where, inner):
         return None
     top = len(where) - len("dataset.json")
     labels = {name: known.get(member[top:]) for name, member in inner.items()} if known else {}
-    return None if known and set(map(str, labels.values())) == {"None"} else labels
+    return None if known and all(label is None for label in labels.values()) else labels
 
 
 def in_rgb(image):
@@ -614,7 +615,7 @@ def image_batches(images, size=None, start=0, step=1, limit=0, batch_size=250):
             except MemoryError:
                 raise
             except Exception as e:          # a damaged image can raise anything
-                path = os.path.join(images.path, name)
+                path = os.path.join(images.path, images.around, name)
                 fail(f"{path} is not a readable image ({one_line(e)}); mend or remove it", code=1)
         for w in warned:
             note(f"{images.path}: {one_line(w.message)} (shown once)")
@@ -965,7 +966,7 @@ class Blue:
 
 
 def floors(real, nets, known, num, num_prdc, device, size):
-    """{net.name: FD of num real images, which no reward sees, against the real ones known}; {} if there are too few."""
+    """{net.name: FD of num other real images against the real ones known}; {} if there are too few."""
     if is_statistics(real):
         return {}
     found = real_summaries(real, nets, "floor", num_prdc, num, device, size)

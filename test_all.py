@@ -7,7 +7,6 @@ python test_all.py mutations 600                                # by hand: damag
 """
 import argparse
 import contextlib
-import copy
 import dis
 import functools
 import inspect
@@ -1152,6 +1151,9 @@ def test_what_counts_as_an_image(tmp_path, capsys):
                               ("float.tif", Image.fromarray(np.float32([[0.5]])), "pixels are of 32 bits")):
         odd = fid.open_images(put(tmp_path / name, {name: png(image, format="tiff" if "tif" in name else "png")}))
         assert said in refuses(lambda: list(fid.image_batches(odd, 8))), name
+    inner = put(tmp_path / "around", {"my set/cat/0.png": png(), "my set/cat/1.png": b"x"})
+    said = refuses(lambda: list(fid.image_batches(fid.open_images(inner), 8)))
+    assert os.path.join(inner, "my set", "cat", "1.png") in said, "a path that is there"
 
 
 def test_what_counts_as_a_class(tmp_path, capsys):
@@ -1569,7 +1571,6 @@ def test_statistics_of_other_tools(tmp_path):
     write_npz(tmp_path / "one.npz", arr_0=images)
     write_npz(tmp_path / "two.NPZ", labels=np.arange(90), images=images.transpose(0, 3, 1, 2))
     np.save(tmp_path / "three.npy", images)
-    fids = []
     for name in ("one.npz", "two.NPZ", "three.npy"):
         for pair in ((name, "one.npz"), ("one.npz", name)):
             argv = ["--features=factors", "--images", tmp_path / pair[0], "--real", tmp_path / pair[1]]
@@ -3123,8 +3124,7 @@ def test_merging_finds_its_files(tmp_path):
             tmp_path / "o", "--ckpts"]
     assert "two training runs, unet.emb_fourier.freqs differs" in mistakes(
         merge_rl, *argv, tmp_path / "a.pt", tmp_path / "b.pt", expect=1)[1]
-    half, model = tmp_path / "half.pt", models.load(str(tmp_path / "a.pt"))
-    parts = torch.load(tmp_path / "a.pt", weights_only=True)
+    half, parts = tmp_path / "half.pt", torch.load(tmp_path / "a.pt", weights_only=True)
     torch.save(dict(parts, ema={k: v.half() for k, v in parts["ema"].items()}), half)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path))

@@ -153,6 +153,7 @@ def run(c, stop):
     judge = both_samplers(c, model, device) if c.num else lambda model: []
     before = judge(model)
     if met:                                 # options and data are known to work
+        # Those of --keep, also of the run before that one, in OUT/previous: nothing of it stays there.
         kept = {name for _, _, names in os.walk(c.out) for name in names if re.fullmatch(r"ckpt-\d+\.pt", name)}
         move_aside(c.out, [*LEFT, *kept])
         c["ckpt"] = of_the_run_before(c.ckpt, c.out)
@@ -318,7 +319,7 @@ def describe(c, model, nets, world):
            f"({nets.dim}-d)" + (f"; evaluated in {' '.join(c.judges)}" if c.num else ""))
     if world == 1 and not torch.cuda.is_available() and torch.get_num_threads() > 1 and model.shape[-1] <= 32:
         n = max(n for n in range(1, torch.get_num_threads() + 1) if c.batch % n == 0)
-        print0(f"one process; faster: torchrun --nproc_per_node={n} {os.path.basename(sys.argv[0])} ..")
+        print0(f"one process; faster: torchrun --nproc_per_node={n} -- {os.path.basename(sys.argv[0])} ..")
 
 
 def begin_policies(c, model, nets, real, plans, params, state):
