@@ -13,15 +13,14 @@ import colorsys
 import hashlib
 import math
 import os
+import pathlib
 import posixpath
 import sys
 import time
 import unicodedata
-import warnings
 import zipfile
-from collections import Counter
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from json import dumps, loads
 from typing import Callable, NamedTuple, Optional
 
@@ -33,9 +32,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from models import (ASSETS, SafeUnpickler, Stop, configure, fail, gather, image_size, listed, note, one_line, print0,
-                    read_checkpoint, read_pickle, setup, whole, writable)
-from reward import Moments, covariance_root, distance_to_root, influence, standard_error
-from sample import NOISE, STREAMS, generate, image_seeds, in_words, load_guided, schedule, watched
+                    read_checkpoint, read_pickle, reading, setup, whole, writable)
+from reward import KernelSet, Moments, Spectrum, covariance_root, distance_to_root, standard_error
+from sample import STREAMS, generate, image_seeds, in_words, load_guided, schedule, watched
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt, .pkl or .safetensors, or the name of an asset; empty: the tiny base
@@ -58,7 +57,7 @@ labels = "balanced" # of the drawn images: balanced (i % classes), or random (un
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
 batch_size = 250 # images in one pass, per rank
-stats = "" # write the statistics of --images if given, else of what --ckpt draws if given, else of --real, and stop
+stats = "" # write the statistics of --images if given, else of --real, and stop
 json = "" # also write the numbers to this file, a line per feature network
 # -----------------------------------------------------------------------------
 
@@ -96,10 +95,7 @@ def tiny_image(seed, stream, i):
 
 
 def tiny_images(n, seed, stream="train", start=0, step=1):
-    """
-    Procedural images start, start + step, .. of a stream: coloured digits, random in all of FACTORS.
-    Returns images uint8 (n, 3, 16, 16), labels int64 (n,) with label i % 10, factors float64 (n, 7) in FACTORS' order.
-    """
+    """Coloured digits start, start + step, ..: uint8 (n, 3, 16, 16), labels i % 10 (n,), FACTORS float64 (n, 7)."""
     indices = range(start, start + n * step, step)
     masks, factors = zip(*[tiny_image(seed, stream, i) for i in indices])
     masks, factors = np.stack(masks), np.stack(factors)
@@ -111,10 +107,7 @@ def tiny_images(n, seed, stream="train", start=0, step=1):
 # ---- Feature networks: uint8 (N, 3, H, W) => float32 (N, dim) -----------------------------------------------------
 
 class FeatureNet(nn.Module):
-    """
-    Tiny networks trained to predict every factor of an image, so that FD sees colour and pose and not the class alone.
-    uint8 (N, 3, 16, 16) => float32 (N, dim) features. heads(features): 10 logits and 8 standardised factors.
-    """
+    """tiny and tiny2, trained to predict every factor (heads: 10 logits, 8 numbers), so FD sees colour and pose."""
     def __init__(self, name):
         super().__init__()
         self.name, self.size = name, SIZE
@@ -123,14 +116,12 @@ class FeatureNet(nn.Module):
             self.body = nn.Sequential(
                 nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.ReLU(),
                 nn.Conv2d(48, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, self.dim))
-        elif name == "tiny2":                                           # held out: wide kernels, pooling, GELU
+        else:                                                           # tiny2, held out: wide kernels, pooling, GELU
             self.dim = 128
             self.body = nn.Sequential(
                 nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(32, 96, 3, padding=1), nn.GELU(),
                 nn.AvgPool2d(2), nn.Conv2d(96, 96, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(96 * 16, 256),
                 nn.GELU(), nn.Linear(256, self.dim))
-        else:
-            fail(f"unknown tiny feature network {name!r}; choose tiny or tiny2")
         self.heads = nn.Sequential(nn.ReLU(), nn.Linear(self.dim, CLASSES + 8))
 
     def forward(self, images):
@@ -138,10 +129,7 @@ class FeatureNet(nn.Module):
 
 
 class MeasuredFactors:
-    """
-    What can be measured in an image without a network: amount of ink, centre (x, y), spread, brightness and hue (as
-    cos, sin), each roughly of unit variance in the tiny world.
-    """
+    """Amount of ink, its centre (x, y), spread, brightness and hue (cos, sin), each about of unit variance."""
     name, size, dim, hash = "factors", SIZE, 7, ""
 
     def __call__(self, images):
@@ -175,37 +163,32 @@ def sha256(path):
 
 
 def published_weights(name, path=None):
-    """
-    Path and sha256 of a published network's weights. path: a file or a folder of the user's, whose hash may differ (a
-    note says so); without one the file in torch's cache, downloaded if need be, whose hash may not.
-    """
+    """Path and sha256 of a network's weights: the user's file or folder, or the pinned file, downloaded if need be."""
     file, digest, url = WEIGHTS[name]
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", file)
-    found = os.path.join(path, file) if path and os.path.isdir(path) else path or cached
-    if not path:
-        if not os.path.isfile(cached) and os.environ.get("LOCAL_RANK", "0") == "0":
+    if path:
+        found = os.path.join(path, file) if os.path.isdir(path) else path
+        if not os.path.isfile(found):
+            fail(f"no weights {found!r}; needed: {file} of {url}")
+    else:
+        found = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+        if not os.path.isfile(found) and os.environ.get("LOCAL_RANK", "0") == "0":
             try:
-                os.makedirs(os.path.dirname(cached), exist_ok=True)
-                torch.hub.download_url_to_file(url + file, cached, digest, progress=False)
+                os.makedirs(os.path.dirname(found), exist_ok=True)
+                torch.hub.download_url_to_file(url + file, found, digest, progress=False)
             except Exception as e:          # no network, a full disk, another file
-                fail(f"cannot download {url}{file} ({one_line(e)}); bring it to {cached}, or name it by "
-                     "--features_path", code=1)
+                fail(f"cannot download {url}{file} ({one_line(e)}); bring it to {found} or --features_path", code=1)
         dist.barrier()                      # the other ranks wait for the download
-    if not os.path.isfile(found):
-        fail(f"no weights {found!r}; needed: {file} of {url}")
     actual = sha256(found)
     if not actual.startswith(digest):
+        differs = f"{found} has sha256 {actual[:8]}.., the published {name} {digest[:8]}.."
         if not path:
-            fail(f"{found} is not the published {name} (sha256 {actual[:8]}.., not {digest[:8]}..); delete it", code=1)
-        print0(f"note: {found} has sha256 {actual[:8]}.., the published {name} {digest[:8]}..: a score of its own")
+            fail(f"{differs}; delete it", code=1)
+        print0(f"note: {differs}: a score of its own")
     return found, actual
 
 
 def resize_tf1(x, size):
-    """
-    TensorFlow 1's bilinear resize of float (N, C, H, W) to size (height, width): row i comes from i H / height, without
-    half-pixel shift, without antialiasing.
-    """
+    """TensorFlow 1's bilinear resize of (N, C, H, W) to (height, width): no antialiasing, row i from i H / height."""
     for dim, length in zip((2, 3), size):
         position = torch.arange(length, device=x.device) * torch.tensor(x.shape[dim] / length, device=x.device)
         low = position.long()
@@ -218,9 +201,8 @@ def resize_tf1(x, size):
 
 def inception(w, x):
     """
-    pool_3 of the Inception v3 that FID means (Szegedy et al. 2015, graph of 2015-12-05): x (N, 3, 299, 299) in [-1, 1]
-    => (N, 2048); w: its tensors by name. Unlike torchvision's, mean pools leave out the padding, and the last block
-    pools by maximum.
+    pool_3 of FID's Inception v3 (Szegedy et al. 2015, graph of 2015-12-05): x (N, 3, 299, 299) in [-1, 1] => (N, 2048);
+    w: tensors by name. Unlike torchvision's, mean pools leave out the padding, and the last block pools by maximum.
     """
     def conv(x, name, stride=1, pad=True):
         weight = w[f"{name}.conv.weight"]
@@ -259,10 +241,7 @@ def inception(w, x):
 
 
 def dinov2(w, x):
-    """
-    The class token of DINOv2's ViT, Oquab et al. 2023: x (N, 3, H, W), sides multiples of 14, normalised => (N, width);
-    w: its tensors by name, which also give the sizes.
-    """
+    """Class token of DINOv2, Oquab et al. 2023: x (N, 3, 14 rows, 14 columns), normalised => (N, D)."""
     def norm(name, x):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
@@ -290,10 +269,7 @@ def dinov2(w, x):
 
 
 class PublishedNet:
-    """
-    inception, or dinov2 preprocessed as for EDM2's FD-DINOv2. Images may have any size; they pass in chunks, which
-    bounds the memory.
-    """
+    """inception, or dinov2 preprocessed as for EDM2's FD-DINOv2. Images may have any size."""
     size = None
 
     def __init__(self, name, path, device):
@@ -316,14 +292,11 @@ class PublishedNet:
 
     def __call__(self, images):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # TF32 would cost FID its third digit
-            return torch.cat([self.features(part) for part in images.split(32)])
+            return torch.cat([self.features(part) for part in images.split(32)])    # bounds the memory
 
 
 def feature_net(name, path=None, device="cpu"):
-    """
-    A callable uint8 images (N, 3, H, W) => float32 features (N, dim), with .name, .dim, .size (in pixels; None: any)
-    and .hash (sha256 of its weights' file, "" without one). path: that file.
-    """
+    """A network with .name, .dim, .size (of images, in pixels; None: any) and .hash (sha256 of its weights' file)."""
     if name == "factors":
         return MeasuredFactors()
     if name in WEIGHTS:
@@ -338,196 +311,150 @@ def feature_net(name, path=None, device="cpu"):
     fail(f"unknown features {name!r}; choose tiny, tiny2, factors, inception or dinov2")
 
 
+def feature_nets(names, path, device):
+    """The networks of these names; path: weights of inception or dinov2."""
+    return [feature_net(name, path if name in WEIGHTS else None, device) for name in names]
+
+
 # ---- Images from disk -----------------------------------------------------------------------------------------------
 
-# Formats that Pillow only decodes (for EPS it would start Ghostscript). The last two cannot be told by their first
-# bytes: they are read only from files of their own ending.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI", "DDS", "ICO",
-                 "SGI", "PSD", "PCX", "TGA")
-ARRAY_ENDINGS = (".npz", ".npy", ".pkl", ".pt", ".pth")
+# Formats that Pillow knows by their first bytes and only decodes (for EPS it would start Ghostscript).
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI", "DDS", "ICO")
 
 
 class Images(NamedTuple):
-    """
-    The images of a folder, a zip or an array file, in the order of a hash of their names within the set: the first N of
-    them, or every second one, are a fixed random subset, the same on every machine.
-    """
-    path: str
-    names: list                         # "/" between folders, without the folders that all of them are in
-    read: Callable                      # name => PIL image
-    around: str = ""                    # the folders that all of them are in
-    labels: object = None               # {name: label} of a dataset.json, empty if it has none; None without the file
+    """The images of a folder, a zip or an array file."""
+    path: str                           # of the set, with the folders that all of its images are in
+    names: list                         # below that path, "/" between folders, in hashed_order
+    read: Callable                      # name => PIL image in RGB
+    classes: list                       # of each image: its first folder, "" if flat, or its label in a dataset.json
+
+
+def ending(path):
+    return os.path.splitext(path)[1].lower()
 
 
 def is_array_file(path):
-    return path.lower().endswith(ARRAY_ENDINGS) and not os.path.isdir(path)
+    return ending(path) in (".npz", ".npy", ".pkl", ".pt", ".pth") and not os.path.isdir(path)
 
 
-@contextmanager
-def reading(path):
-    """Whatever a damaged file raises ends the script with one line and exit code 1."""
-    try:
-        yield
-    except Exception as e:
-        kind = os.path.splitext(path)[1].lower()
-        fail(f"{path} is not a readable {kind} ({one_line(e) or type(e).__name__})", code=1)
+def is_statistics(path):
+    """Whether real data are a file of statistics, not images. Exit code 2 if there is nothing of this name."""
+    if path != "tiny" and not os.path.exists(path):
+        fail(f"{path} does not exist; needed: a folder or .zip of images, an .npz of them, or statistics (mu, sigma)")
+    return is_array_file(path) and not {"mu", "sigma", "fid", "fd_dinov2"}.isdisjoint(read_arrays(path).keys())
 
 
 def read_arrays(path):
-    """
-    What an .npz, .npy, .pt or .pkl holds, by name, without running code; an .npz is read only where it is asked for.
-    The dict of an .npy, which numpy pickles, is read too; an array alone is named arr_0.
-    """
-    ending = os.path.splitext(path)[1].lower()
-    if ending == ".pkl":
+    """What an array file holds, by name, without running code; an .npz is read only where it is asked for."""
+    if ending(path) == ".pkl":
         found = read_pickle(path)
-    elif ending in (".pt", ".pth"):
+    elif ending(path) in (".pt", ".pth"):
         found = read_checkpoint(path)
     else:
         with reading(path), open(path, "rb") as f:
             try:
                 found = np.load(path, allow_pickle=False)
-            except ValueError:              # an array of objects is how numpy saves a dict
+            except ValueError:              # a dict in an .npy, which numpy pickles as an array of objects
                 np.lib.format.read_magic(f)
                 np.lib.format.read_array_header_1_0(f)
                 found = SafeUnpickler(f).load().item()
-    if isinstance(found, (np.ndarray, torch.Tensor)):
-        return {"arr_0": found}
     if isinstance(found, (tuple, list)) and len(found) == 2:
         return dict(mu=found[0], sigma=found[1])
-    return found if hasattr(found, "keys") else {"": found}
+    return found if hasattr(found, "keys") else {"arr_0" if hasattr(found, "shape") else "": found}
 
 
 def array_images(path):
     """Images uint8 (N, H, W, 3) of an array file, whatever their name, channels last or first (arr_0 before others)."""
     stored, others = read_arrays(path), []
-    if {"mu", "sigma"} <= set(stored.keys()):
-        fail(f"{path} holds statistics, where images are needed; statistics are for --real", code=1)
     with reading(path):
         for name in sorted(stored.keys(), key=lambda name: name != "arr_0"):
-            array = stored[name]
-            if not isinstance(array, (np.ndarray, torch.Tensor)):
-                others.append(f"{name} ({type(array).__name__})".strip())
-                continue
-            array = np.asarray(array)
-            if array.dtype == np.uint8 and array.ndim == 4 and 3 in (array.shape[3], array.shape[1]) and len(array):
-                return array if array.shape[3] == 3 else array.transpose(0, 2, 3, 1)
-            others.append(f"{name} {array.dtype} {array.shape}")
-    fail(f"{path} holds {', '.join(others[:4]) or 'nothing'}; needed are images, uint8 (N, H, W, 3), or statistics, "
-         "mu (d,) and sigma (d, d)", code=1)
-
-
-def hidden(name):
-    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
-def files_below(folder, name="", above=()):
-    """
-    Names of the files below a folder that are not hidden, "/" between folders. Links are followed, but never to a
-    folder that the way there leads through.
-    """
-    try:
-        here = os.stat(os.path.join(folder, name))
-        entries = os.listdir(os.path.join(folder, name))
-    except OSError as e:
-        fail(f"cannot read {os.path.join(folder, name)}: {e.strerror}", code=1)
-    here = here.st_dev, here.st_ino
-    for entry in entries if here not in above else ():
-        if not hidden(entry):
-            inner = f"{name}/{entry}" if name else entry
-            if os.path.isdir(os.path.join(folder, inner)):
-                yield from files_below(folder, inner, (*above, here))
-            else:
-                yield inner
-
-
-def zip_name(info):
-    """Name of a zip's member as it was meant: some writers set no mark for UTF-8, some put \\ between folders."""
-    name = info.filename
-    if not info.flag_bits & 0x800:
-        try:
-            name = name.encode("cp437").decode("utf-8")
-        except UnicodeError:                # of an unknown alphabet, where a \\ may be half a letter
-            return name
-    return name.replace("\\", "/")
-
-
-def hashed_order(names):
-    """The names (list of str) in the order of a hash of theirs in Unicode's NFC."""
-    key = lambda name: hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
-    return sorted(sorted(names), key=key)
+            x = np.asarray(stored[name])
+            if x.dtype == np.uint8 and x.ndim == 4 and len(x) and 3 in (x.shape[3], x.shape[1]):
+                return x if x.shape[3] == 3 else x.transpose(0, 2, 3, 1)
+            others.append(f"{name} {x.dtype} {x.shape}")
+    fail(f"{path} holds {', '.join(others[:4]) or 'nothing'}; needed: uint8 (N, H, W, 3), or mu and sigma", code=1)
 
 
 def stored_files(path):
-    """{name: member} of what a folder or a zip holds, but for hidden files, and open_member(member)."""
+    """{name: member} of the files in a folder or a zip that are not hidden, and a function that opens a member."""
+    hidden = lambda name: any(part == "__MACOSX" or part.startswith(".") for part in name.split("/"))
+    members, open_member = {}, partial(open, mode="rb")
     if os.path.isdir(path):
-        return {name: os.path.join(path, name) for name in files_below(path)}, lambda member: open(member, "rb")
-    if not zipfile.is_zipfile(path):
+        unreadable = lambda e: fail(f"cannot read {e.filename}: {e.strerror}", code=1)
+        for folder, inner, files in os.walk(path, onerror=unreadable, followlinks=True):
+            above = {os.path.realpath(p) for p in (folder, *pathlib.Path(folder).parents)}      # links there are loops
+            inner[:] = [k for k in inner if not hidden(k) and os.path.realpath(os.path.join(folder, k)) not in above]
+            for k in files:
+                members[os.path.join(folder[len(path):], k).replace(os.sep, "/")] = os.path.join(folder, k)
+    elif zipfile.is_zipfile(path):
+        with reading(path):
+            archive = zipfile.ZipFile(path)     # members are read in place, never unpacked to where their names point
+        open_member = archive.open
+        for info in archive.infolist():
+            name = info.filename
+            if not info.flag_bits & 0x800:      # some writers set no mark for UTF-8, some put \\ between folders
+                with suppress(UnicodeError):
+                    name = name.encode("cp437").decode("utf-8")
+            if not info.is_dir():
+                members[name.replace("\\", "/")] = info
+    else:
         fail(f"{path} is neither a folder nor a zip file; needed: images in one of these")
-    with reading(path):                     # members are read in place, never unpacked to where their names point
-        archive = zipfile.ZipFile(path)
-    stored = {zip_name(info): info for info in archive.infolist() if not info.is_dir()}
-    shown = {name: info for name, info in stored.items() if not hidden(name)}
-    if stored and not shown:
-        fail(f"{path} holds hidden files only, which do not count", code=1)
-    return shown, archive.open
+    clean = {posixpath.normpath("/" + name.lstrip("/"))[1:]: member for name, member in members.items()}
+    return {name: member for name, member in clean.items() if not hidden(name)}, open_member
+
+
+def hashed_order(names):
+    """By a hash of the names: the first N, or every second one, are a random subset, the same on every machine."""
+    key = lambda name: hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    return sorted(names, key=lambda name: (key(name), name))
 
 
 def open_images(path):
-    """
-    The Images of a folder, a zip or an array file. Counted are all files of IMAGE_FORMATS but hidden ones; a note tells
-    how many others there are. Exit code 2 if there is no such file, 1 if it holds no image.
-    """
-    if not os.path.exists(path):
-        fail(f"{path} does not exist; needed: a folder or a .zip of images, or an .npz of them")
+    """The Images of a folder, a zip or an array file. Exit code 2 if it is none of these, 1 if it holds no image."""
     if is_array_file(path):
         array = array_images(path)
-        return Images(path, hashed_order(map(str, range(len(array)))), lambda name: Image.fromarray(array[int(name)]))
+        names = hashed_order(map(str, range(len(array))))
+        return Images(path, names, lambda name: Image.fromarray(array[int(name)]), [""] * len(names))
     stored, open_member = stored_files(path)
-    formats = {ending: form for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
-    ending = lambda name: os.path.splitext(name)[1].lower()
-    names = [name for name in stored if ending(name) in formats]
-    jsons = sorted((name for name in stored if posixpath.basename(name) == "dataset.json"), key=lambda k: k.count("/"))
-    others = Counter(ending(name) or "no ending" for name in stored if ending(name) not in formats)
-    others[".json"] -= len(jsons)
-    left_out = f"{others.total()} files of other kinds ({', '.join(sorted(+others)[:5])})" if others.total() else ""
-    if not names:
-        fail(f"{path} holds no image{left_out and ', but ' + left_out}; needed: png, jpg, webp or other images, flat "
-             "or in one sub-folder per class", code=1)
-    if left_out:
-        note(f"{path}: {len(names)} images; {left_out} were left out")
+    endings = {end for end, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
+    members = [name for name in stored if ending(name) in endings]
+    tables = [name for name in stored if posixpath.basename(name) == "dataset.json"]
+    others = [ending(name) or "no ending" for name in {*stored} - {*members, *tables}]
+    if others:
+        kinds = ", ".join(sorted({*others})[:5])
+        note(f"{path}: {len(members)} images; {len(others)} files of other kinds ({kinds}) were left out")
+    if not members:
+        fail(f"{path} holds no image that is not hidden; needed: png, jpg, .., flat or in sub-folders", code=1)
 
-    # A set that was zipped with the folder around it is the same set.
-    clean = {posixpath.normpath("/" + name.lstrip("/")): name for name in names}
-    around = posixpath.commonpath(posixpath.dirname(name) for name in clean).rstrip("/")
-    inner = {name[len(around) + 1:]: member for name, member in clean.items()}
-    labels = None
-    if jsons:
-        with reading(os.path.join(path, jsons[0])), open_member(stored[jsons[0]]) as f:
-            labels = tool_labels(loads(f.read()), jsons[0], inner)
+    # A set with a folder around it is the same set.
+    around = posixpath.commonpath([posixpath.dirname(name) for name in members])
+    inner = {name.removeprefix(around).lstrip("/"): name for name in members}
+    names = hashed_order(inner)
+    classes = [name.split("/")[0] if "/" in name else "" for name in names]
+    if tables:
+        table = min(tables, key=lambda name: name.count("/"))
+        with reading(os.path.join(path, table)), open_member(stored[table]) as f:
+            labels = tool_labels(loads(f.read()), [inner[name][len(table) - len("dataset.json"):] for name in names])
+        classes = labels or classes
 
     def read(name):
-        allowed = dict.fromkeys((formats[ending(name)], *IMAGE_FORMATS[:-2]))       # some files have a wrong ending
         with open_member(stored[inner[name]]) as f:
-            with Image.open(f, formats=[form for form in allowed if form in Image.OPEN]) as image:
+            with Image.open(f, formats=[form for form in IMAGE_FORMATS if form in Image.OPEN]) as image:
                 return in_rgb(image)
 
-    return Images(path, hashed_order(inner), read, around.lstrip("/"), labels)
+    return Images(os.path.join(path, around).rstrip("/"), names, read, classes)
 
 
-def tool_labels(found, where, inner):
-    """
-    {name: label} of a dataset.json, as the dataset tool of StyleGAN and EDM2 writes it: pairs of a name, from the
-    folder of the file `where`, and a label. inner: {name in the set: name in the folder or zip}. None if it is another
-    tool's file.
-    """
+def tool_labels(table, names):
+    """Labels by the dataset.json of EDM2's and StyleGAN's dataset tool, all "" if it has none; None: another tool's."""
     try:
-        known = {name.replace("\\", "/"): label for name, label in dict(found["labels"] or {}).items()}
+        known = {name.replace("\\", "/"): y for name, y in dict(table["labels"] or {}).items()}
     except (TypeError, ValueError, LookupError, AttributeError):
         return None
-    top = len(where) - len("dataset.json")
-    labels = {name: known.get(member[top:]) for name, member in inner.items()} if known else {}
-    return None if known and all(label is None for label in labels.values()) else labels
+    one_hot = lambda y: isinstance(y, list) and y.count(1) == 1 and y.count(0) == len(y) - 1
+    labels = [known.get(name) if known else "" for name in names]
+    return None if all(y is None for y in labels) else [y.index(1) if one_hot(y) else y for y in labels]
 
 
 def in_rgb(image):
@@ -544,81 +471,53 @@ def in_rgb(image):
 
 
 def image_classes(images):
-    """
-    Classes of Images ([] if flat) and labels int64 (N,). The classes are the sub-folders of the set, in the order of
-    numbers if all are numbers, else of the alphabet; or what dataset.json says, whose labels are numbers from 0 on.
-    """
-    if images.labels == {}:
-        return [], torch.zeros(len(images.names), dtype=torch.int64)
-    if images.labels:
-        return labelled_classes(images)
-    folders = [name.split("/")[0] if "/" in name else "" for name in images.names]
-    classes = sorted(set(folders))
-    if len(classes) > 1 and "" in classes:
-        fail(f"{images.path} has images beside sub-folders ({images.names[folders.index('')]}); needed: all images "
-             "flat, or all in one sub-folder per class", code=1)
-    if all(k.isdecimal() for k in classes):
-        classes.sort(key=lambda k: (int(k), k))
-    places = {k: i for i, k in enumerate(classes)}
-    return classes if len(classes) > 1 else [], torch.tensor([places[k] for k in folders])
-
-
-def labelled_classes(images):
-    """image_classes by the labels of a dataset.json: numbers, or one-hot."""
-    labels = [images.labels[name] for name in images.names]
-    if None in labels:
-        unlabelled = images.names[labels.index(None)]
-        fail(f"{images.path}: dataset.json has no label for {unlabelled}; mend or remove it", code=1)
-    if all(isinstance(y, list) and sorted(y)[-1:] == [1] and sum(map(bool, y)) == 1 for y in labels):
-        labels = [y.index(1) for y in labels]
-    if not all(isinstance(y, int) and 0 <= y < 2**20 for y in labels):
-        fail(f"{images.path}: the labels of dataset.json are no classes, numbers from 0 on; remove it", code=1)
-    empty = sorted(set(range(max(labels))) - set(labels))
-    if empty:
-        note(f"{images.path}: dataset.json has labels up to {max(labels)}, but no image of class {listed(empty)}")
-    return [str(k) for k in range(max(labels) + 1)], torch.tensor(labels)
-
-
-def is_statistics(real):
-    """Whether real data are a file of statistics, not images; a file that is not there counts by its ending."""
-    if real == "tiny" or not is_array_file(real):
-        return False
-    return not os.path.isfile(real) or not {"mu", "sigma", "fid", "fd_dinov2"}.isdisjoint(read_arrays(real).keys())
+    """Classes of Images (folders, in the order of numbers or letters, or labels; [] if flat), and labels int64 (N,)."""
+    keys = images.classes
+    if all(isinstance(k, str) for k in keys):
+        numbers = all(k.isdecimal() for k in keys)
+        classes = sorted(set(keys), key=lambda k: (int(k), k) if numbers else k)
+        if len(classes) > 1 and "" in classes:
+            name = images.names[keys.index("")]
+            fail(f"{images.path} has images beside sub-folders ({name}); needed: all flat, or one per class", code=1)
+        places = {k: i for i, k in enumerate(classes)}
+        keys = [places[k] for k in keys]
+    else:
+        for name, k in zip(images.names, keys):
+            if type(k) is not int or not 0 <= k < 2**20:
+                fail(f"{images.path}: dataset.json gives {name} the label {k}, not 0, 1, ..; mend or remove it", code=1)
+        classes = [str(k) for k in range(max(keys) + 1)]
+        empty = sorted(set(range(max(keys))) - set(keys))
+        if empty:
+            note(f"{images.path}: dataset.json has labels up to {max(keys)}, but no image of class {listed(empty)}")
+    return classes if len(classes) > 1 else [], torch.tensor(keys)
 
 
 def check_classes(real, num_classes):
     """A folder with sub-folders must have as many as the model has classes; anything else has no classes to compare."""
-    if real != "tiny" and not is_statistics(real):
-        classes, _ = image_classes(open_images(real))
-        if classes and len(classes) != num_classes:
-            fail(f"{real} has {len(classes)} classes ({listed(classes)}), the model {num_classes}; "
-                 f"make a base for it: python lab/pretrain.py --real {real} --out base.pt", code=1)
-        if classes:
-            print0(f"{real}: {len(classes)} classes, in this order: {listed(classes)}")
+    if real == "tiny" or is_statistics(real):
+        return
+    classes, _ = image_classes(open_images(real))
+    if classes and len(classes) != num_classes:
+        fail(f"{real} has {len(classes)} classes ({listed(classes)}), the model {num_classes}; "
+             f"make a base for it: python lab/pretrain.py --real {real} --out base.pt", code=1)
+    if classes:
+        print0(f"{real}: {len(classes)} classes, in this order: {listed(classes)}")
 
 
-def image_batches(images, size=None, start=0, step=1, limit=0, batch_size=250):
-    """
-    Yields images start, start + step, .. of Images (at most `limit`), short side resized to `size` and centre-cropped
-    (None: as they are), as uint8 (b, 3, H, W). b is batch_size, or less if the images are large or the next one is of
-    another size. An image that cannot be read ends the script with exit code 1 and its name.
-    """
+def image_batches(images, size=None, names=None, batch_size=250):
+    """Images, or some `names`, as uint8 (b, 3, H, W): their centre of size x size, or as they are, alike in a batch."""
     batch, pixels = [], 0
-    for name in images.names[start::step][:limit or None]:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            try:
-                image = images.read(name)
-                if size and image.size != (size, size):
-                    note(f"{images.path}: images are resized to {size} x {size} (short side, then the centre)")
-                    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            except MemoryError:
-                raise
-            except Exception as e:          # a damaged image can raise anything
-                path = os.path.join(images.path, images.around, name)
-                fail(f"{path} is not a readable image ({one_line(e)}); mend or remove it", code=1)
-        for w in warned:
-            note(f"{images.path}: {one_line(w.message)} (shown once)")
+    for name in images.names if names is None else names:
+        try:
+            image = images.read(name)
+            if size and image.size != (size, size):
+                note(f"{images.path}: images are resized to {size} x {size} (short side, then the centre)")
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        except MemoryError:
+            raise
+        except Exception as e:              # a damaged image can raise anything
+            path = os.path.join(images.path, name)
+            fail(f"{path} is not a readable image ({one_line(e)}); mend or remove it", code=1)
         x = torch.from_numpy(np.array(image).transpose(2, 0, 1))
         if batch and (len(batch) == batch_size or pixels >= 2**25 or x.shape != batch[0].shape):
             yield torch.stack(batch)
@@ -638,34 +537,7 @@ class Summary(NamedTuple):
     cov: torch.Tensor                       # (d, d) float64
     features: Optional[torch.Tensor]        # (min(num, num_prdc), d) float32; None if only statistics are known
     size: str = ""                          # of the images, before a network resizes them; empty if unknown
-
-
-class Nets:
-    """Feature networks as one: their features side by side, each network's divided by its scale."""
-    def __init__(self, nets):
-        self.nets = nets
-        self.dims = [net.dim for net in nets]
-        self.dim = sum(self.dims)
-        self.name = " + ".join(net.name for net in nets)
-        self.hash = " + ".join(net.hash for net in nets)
-        self.size = next((net.size for net in nets if net.size), None)
-        self.scales = [1.0] * len(nets)
-
-    def __call__(self, images):
-        return torch.cat([net(images) / scale for net, scale in zip(self.nets, self.scales)], dim=1)
-
-    def rescale(self, real):
-        """
-        Several networks count alike: scales that make the mean variance of the real features 1 in each, from the
-        Summary of all side by side. Returns that Summary in the new units. One network keeps its own, those of its FID.
-        """
-        if len(self.nets) == 1:
-            return real
-        scales = [variances.mean().sqrt() for variances in real.cov.diagonal().split(self.dims)]
-        unit = torch.cat([scale.expand(dim) for scale, dim in zip(scales, self.dims)])      # (d,)
-        self.scales = [scale.item() for scale in scales]
-        features = None if real.features is None else (real.features / unit).float()
-        return real._replace(mu=real.mu / unit, cov=real.cov / unit.outer(unit), features=features)
+    images: Optional[torch.Tensor] = None   # the first ones, uint8 (n, 3, H, W), if asked for
 
 
 # What real images are for; what rewards and what evaluates share none.
@@ -674,52 +546,59 @@ ROLES = {
     "train": ("train", 0, 2),           # the reward
     "report": ("report", 1, 2),         # evaluation before and after
     "floor": ("floor", 0, 2),           # real against real: as low as FD gets
-    "select": ("select", 0, 1),         # choosing a base or a sampler
+    "select": ("select", 1, 2),         # choosing options
     "all": ("report", 0, 1),            # fid.py itself
 }
 
 
 def set_batches(source, size, role, num, batch_size=250):
-    """
-    This rank's share (image i of rank i % world) of a set for a role, as uint8 batches: num images of the tiny world,
-    or at most num (0: all) of a folder, a zip or an array file, as image_batches, behind a progress bar.
-    """
+    """uint8 batches of this rank's share of num images of the tiny world, or of at most num (0: all) stored ones."""
     rank, world = dist.get_rank(), dist.get_world_size()
     stream, offset, stride = ROLES[role]
     if source == "tiny":
-        mine = range(rank, num, world)
-        for k in range(0, len(mine), 1000):
-            part = mine[k:k + 1000]
-            yield tiny_images(len(part), 0, stream, part.start, world)[0]
+        for first in range(rank, num, 1000 * world):
+            yield tiny_images(min(1000, len(range(first, num, world))), 0, stream, first, world)[0]
         return
     images = open_images(source)
-    first, step = offset + stride * rank, stride * world
-    limit = len(range(rank, num, world)) if num else 0
-    mine = min(limit or len(images.names), len(range(first, len(images.names), step)))
-    batches = image_batches(images, size, first, step, limit, batch_size)
-    yield from watched(batches, -(-mine // batch_size), desc=images.path, leave=False)
+    names = images.names[offset::stride][:num or None][rank::world]
+    batches = image_batches(images, size, names, batch_size)
+    yield from watched(batches, -(-len(names) // batch_size), desc=images.path, leave=False)
+
+
+def drawn_batches(model, num, sampler, steps, noise, seed, stream, labels, batch_size):
+    """uint8 batches of this rank's share of num drawn images; image i depends on (seed, stream, i) and its label."""
+    indices = torch.arange(num)[dist.get_rank()::dist.get_world_size()]
+    seeds = image_seeds(seed, stream, indices)
+    classes = indices % model.num_classes
+    if labels == "random":                  # the noise of an image takes the lower 32 bits of its seed
+        classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
+    batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise)
+    yield from watched(batches, -(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", leave=False)
 
 
 @torch.no_grad()
-def summarize(batches, nets, num_prdc, device="cpu"):
-    """
-    {net.name: Summary} of uint8 batches (b, 3, H, W), in one pass: float64 sums of all features, and the first num_prdc
-    features themselves. Every rank brings its share, image i of rank i % world, and gets the whole.
-    """
+def summarize(batches, nets, num_prdc, device="cpu", keep=0):
+    """{net.name: Summary} of the uint8 batches (b, 3, H, W) of all ranks; image i is one of rank i % world."""
     rank, world = dist.get_rank(), dist.get_world_size()
     moments = {net.name: Moments(net.dim, device) for net in nets}
     kept = {net.name: [torch.empty(0, net.dim, device=device)] for net in nets}
-    sizes = set()
+    sizes, shown = set(), []
     for batch in batches:
         sizes.add(f"{batch.shape[3]} x {batch.shape[2]}")
+        if sum(map(len, shown)) < keep:
+            shown.append(batch)
         for net in nets:
+            if net.size not in (None, batch.shape[3]):
+                fail(f"{net.name} features need images of {net.size} pixels, not {batch.shape[3]}; inception takes any")
             f = net(batch.to(device))
             if sum(map(len, kept[net.name])) * world < num_prdc:
                 kept[net.name].append(f)
             moments[net.name].add(f)
     everywhere = [None] * world
     dist.all_gather_object(everywhere, sizes)
-    sizes = sorted(set().union(*everywhere))
+    sizes = set().union(*everywhere)
+    size = sizes.pop() if len(sizes) == 1 else "several sizes"
+    images = gather(torch.cat(shown)[:len(range(rank, keep, world))], keep) if keep else None
     summaries = {}
     for name, m in moments.items():
         weight = torch.tensor([m.weight, m.squares], dtype=torch.float64, device=device)
@@ -730,105 +609,68 @@ def summarize(batches, nets, num_prdc, device="cpu"):
             fail(f"{int(m.weight)} images have no covariance; needed are at least 2, better {10 * len(m.sum)}", code=1)
         first = min(int(m.weight), num_prdc)
         features = gather(torch.cat(kept[name])[:len(range(rank, first, world))], first)
-        summaries[name] = Summary(int(m.weight), *m.gaussian(), features,
-                                  sizes[0] if len(sizes) == 1 else "several sizes")
+        summaries[name] = Summary(int(m.weight), *m.gaussian(), features, size, images)
     return summaries
 
 
 def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None, batch_size=250):
-    """
-    {net.name: Summary} of real data: the tiny world, a folder, a zip, or a file of statistics. Images of a folder are
-    resized as the networks need them; if those take any size, to `size` pixels, as the model draws (None: not at all).
-    """
+    """{net.name: Summary} of real data, resized as the networks need, else to `size` pixels (None: not at all)."""
     if is_statistics(real):
         return {net.name: read_statistics(real, net, device) for net in nets}
     if real == "tiny" and (size or SIZE) != SIZE:
         fail(f"the model draws images of {size} pixels, the tiny world has {SIZE}; name real ones with --real")
-    size = next((net.size for net in nets if net.size), size)
-    return summarize(set_batches(real, size, role, num, batch_size), nets, num_prdc, device)
+    sizes = {net.size or size for net in nets}
+    if len(sizes) > 1:
+        fail(f"features of {' and '.join(net.name for net in nets)} need images of different sizes: name one at a time")
+    return summarize(set_batches(real, sizes.pop(), role, num, batch_size), nets, num_prdc, device)
 
 
 def read_statistics(path, net, device="cpu"):
-    """
-    Summary of the images behind mu (d,) and sigma (d, d) in an .npz, .npy, .pt or .pkl, of pytorch-fid, ADM (whose
-    arr_0 are some of them only), torch-fidelity or write_statistics, or in EDM2's .pkl {num_images, fid, fd_dinov2}.
-    Exit code 1 if they are of other features or other weights than `net`, do not fit it, or are no covariance.
-    """
-    if not os.path.isfile(path):
-        fail(f"no statistics {path!r}; needed: an .npz with mu and sigma, or a .pkl of EDM2")
-    parts = read_arrays(path)
+    """Summary of mu (d,) and sigma (d, d), as most tools write them, or of EDM2's {num_images, fid, fd_dinov2}."""
+    def numbers(x):                         # a float64 tensor; TypeError for what is no real number
+        array = x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+        return torch.from_numpy(array.astype(np.float64, casting="same_kind")).to(device)
+
     with reading(path):
-        stored = {k: parts[k] for k in ("mu", "sigma", "features", "hash", "num", "size") if k in parts}
+        stored = parts = read_arrays(path)
         inner = {"inception": "fid", "dinov2": "fd_dinov2"}.get(net.name)
         if isinstance(parts.get(inner), dict):
             stored = dict(parts[inner], num=parts.get("num_images", 0))
-    if "mu" not in stored or "sigma" not in stored:
-        fail(f"{path} holds no statistics of {net.name}: mu and sigma are needed, and it has "
-             f"{', '.join(map(str, list(parts.keys())[:5])) or 'nothing'}", code=1)
-    try:
-        mu, cov = as_float64(stored["mu"]), as_float64(stored["sigma"])
+        if not {"mu", "sigma"} <= set(stored.keys()):
+            fail(f"{path} holds no mu and sigma of {net.name}, but {listed(list(stored.keys())) or 'nothing'}", code=1)
+        mu, cov = numbers(stored["mu"]).squeeze(), numbers(stored["sigma"])                 # some write mu (1, d)
         name, digest, size = (str(stored.get(k, x)) for k, x in (("features", net.name), ("hash", ""), ("size", "")))
         num = max(0, int(np.asarray(stored.get("num", 0)).item()))
-    except Exception as e:                  # numpy's text may hold what is no character
-        fail(f"{path}: mu, sigma or num are not numbers, or features no name ({one_line(e)})", code=1)
-    mu = mu.flatten() if mu.numel() == max(mu.shape, default=0) else mu        # some write (1, d)
-    if name != net.name:
-        fail(f"{path} holds statistics of {name}, asked for is {net.name}; add --features {name}", code=1)
+    if name != net.name or digest not in ("", net.hash):
+        fail(f"{path} is of {name} {digest[:8]}, not {net.name} {net.hash[:8]}; add --features {name}, or name other "
+             "weights by --features_path", code=1)
     if mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
-        fail(f"{path} has mu {tuple(mu.shape)} and sigma {tuple(cov.shape)}, {net.name} has {net.dim} dimensions: name "
-             "the network that it was made with by --features", code=1)
-    if digest and net.hash and digest != net.hash:
-        fail(f"{path} was made with other weights of {name} (sha256 {digest[:8]}.., these are {net.hash[:8]}..): make "
-             "it again with --stats, or name the weights by --features_path", code=1)
-    if not (mu.isfinite().all() and cov.isfinite().all()):
-        fail(f"{path} holds NaN or infinite values", code=1)
-    symmetric = (cov - cov.T).abs().max() <= 1e-6 * cov.abs().max()
-    if not symmetric or torch.linalg.cholesky_ex(cov).info and (v := torch.linalg.eigvalsh(cov))[0] < -1e-5 * v[-1]:
-        fail(f"{path}: sigma is no covariance; it is not symmetric, or has negative eigenvalues", code=1)
-    return Summary(num, mu.to(device), cov.to(device), None, size)
-
-
-def as_float64(x):
-    """Numbers of an array or a tensor, of any real type, as a float64 tensor; TypeError if they are no real numbers."""
-    array = x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-    return torch.from_numpy(array.astype(np.float64, casting="same_kind"))
+        fail(f"{path} has mu {(*mu.shape,)} and sigma {(*cov.shape,)}, {name} has {net.dim} dimensions", code=1)
+    valid = mu.isfinite().all() and (cov - cov.T).abs().max() <= 1e-6 * cov.abs().max() < math.inf
+    if not valid or (vals := torch.linalg.eigvalsh(cov))[0] < -1e-5 * vals[-1]:
+        fail(f"{path}: NaN or infinite values, or sigma is not symmetric or has negative eigenvalues", code=1)
+    return Summary(num, mu, cov, None, size)
 
 
 def write_statistics(path, summary, net):
     """mu, sigma and where they come from, atomically."""
     with whole(path) as f:
         np.savez(f, mu=summary.mu.cpu().numpy(), sigma=summary.cov.cpu().numpy(), num=summary.num, features=net.name,
-                 hash=net.hash, size=summary.size)
+                 hash=getattr(net, "hash", ""), size=summary.size)
 
 
 # ---- Metrics on features -------------------------------------------------------------------------------------------
-
-def kid(real, fake):
-    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3 on all pairs; Binkowski et al. 2018. (N, d), (M, d) => float."""
-    real, fake = real.double(), fake.double()
-    N, M, d = len(real), len(fake), real.shape[1]
-
-    def total(a, b):
-        return sum((rows @ b.T / d + 1).pow(3).sum() for rows in a.split(1000))
-
-    own_real = total(real, real) - (real.square().sum(1) / d + 1).pow(3).sum()
-    own_fake = total(fake, fake) - (fake.square().sum(1) / d + 1).pow(3).sum()
-    return (own_real / (N * (N - 1)) + own_fake / (M * (M - 1)) - 2 * total(real, fake) / (N * M)).item()
-
-
-def neighbour_radii(x, ks):
-    """[(N,) distance to the k-th other point of the same set, for k in ks]."""
-    nearest = torch.cat([torch.cdist(rows, x).topk(max(ks) + 1, largest=False).values for rows in x.split(1000)])
-    return [nearest[:, k] for k in ks]
-
 
 def prdc(real, fake):
     """
     Precision and recall (k = 3; a point on the edge counts; Kynkaanniemi et al. 2019), density and coverage (k = 5; it
     does not; Naeem et al. 2020). real (N, d), fake (M, d) => dict of floats.
     """
-    real_3, real_5 = neighbour_radii(real, (3, 5))
-    fake_3, = neighbour_radii(fake, (3,))
+    def nearest(x):                         # (N, 6) distances to itself and the five nearest others
+        return torch.cat([torch.cdist(rows, x).topk(6, largest=False).values for rows in x.split(1000)])
+
+    real_3, real_5 = nearest(real)[:, [3, 5]].T
+    fake_3 = nearest(fake)[:, 3]
     precise, dense = 0, 0                                               # of the fakes; pairs of fake and real
     recalled = covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radius in zip(fake.split(1000), fake_3.split(1000)):
@@ -849,111 +691,44 @@ def distance(fake, real):
 NEIGHBOURS = ("kid", "precision", "recall", "density", "coverage")
 
 
-def judge(fake, real, labels=None):
+def metrics(fake, real, labels=None):
     """
-    All metrics of one Summary against another: fid, fid_se (its standard error; labels are those of fake.features if
-    they were drawn in equal numbers), NEIGHBOURS; also psi, the first variation of the kept features. What needs real
-    features is None if only statistics are known.
+    fid, its standard error fid_se (labels: of fake.features, if drawn in equal numbers), their first variation psi, and
+    NEIGHBOURS; what needs real features is None if only statistics are known. Notes say what spoils a comparison.
     """
-    row = dict(num=fake.num, num_real=real.num, size=fake.size, size_real=real.size, fid=distance(fake, real),
-               fid_se=None, psi=None, **dict.fromkeys(NEIGHBOURS))
+    for num, whose in ((fake.num, "evaluated"), (real.num, "real")):
+        if 0 < num <= len(fake.mu):
+            note(f"{num} {whose} images cannot fill the {len(fake.mu)} dimensions: compare FID only at equal numbers")
+    if fake.size and real.size and fake.size != real.size:
+        note(f"the real images are {real.size}, the evaluated ones {fake.size}: FID sees that")
+    row = dict(num=fake.num, fid=distance(fake, real), fid_se=None, psi=None, **dict.fromkeys(NEIGHBOURS))
     with suppress(ValueError):              # singular covariances, like that of pixels that are always black
-        row["psi"] = influence(fake.features, fake.mu, fake.cov, real.mu, covariance_root(real.cov))
+        row["psi"] = Spectrum(fake.mu, fake.cov, real.mu, covariance_root(real.cov)).influence(fake.features)
         row["fid_se"] = standard_error(row["psi"], labels) * math.sqrt(len(row["psi"]) / fake.num)
     if real.features is not None and min(len(fake.features), len(real.features)) > 5:
-        row.update(kid=kid(real.features, fake.features), **prdc(real.features, fake.features))
+        row.update(kid=KernelSet(fake.features, real.features).fd, **prdc(real.features, fake.features))
     return row
 
 
-def notes_on(row, dim):
-    """Print what a reader of judge()'s row has to know, in features of `dim` dimensions."""
-    for num, whose in ((row["num"], "evaluated"), (row["num_real"], "real")):
-        if 0 < num <= dim:
-            note(f"{num} {whose} images cannot fill the {dim} dimensions of {row['features']}: compare this FID only "
-                 "with others of the same numbers of images")
-    if row["size"] and row["size_real"] and row["size"] != row["size_real"]:
-        note(f"the real images are {row['size_real']}, the evaluated ones {row['size']}: resized to one size before, "
-             "they would give another FID")
-
-
-# ---- A model against real data -------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def drawn_summaries(model, nets, num, sampler="", steps=10, noise=None, seed=0, stream="report", num_prdc=5000,
-                    batch_size=250, keep=0, labels="balanced"):
-    """
-    {net.name: Summary} of num images that the model draws, and the first `keep` of them. The images are split over the
-    ranks; image i depends on (seed, stream, i) and its label alone, which is i % classes or, if random, of that hash.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
+def evaluate(model, nets, real, num, sampler="", steps=10, noise=None, seed=0, stream="report", labels="balanced",
+             num_prdc=5000, batch_size=250, keep=0):
+    """{net.name: row} of num drawn images against real {net.name: Summary}: metrics(), how and what was drawn."""
+    sampler = schedule(sampler, steps, noise, model.sigmas).sampler
     device = next(model.parameters()).device
-    for net in nets:
-        if net.size and image_size(model) != net.size:
-            fail(f"{net.name} features are for images of {net.size} pixels, the model draws {image_size(model)}; "
-                 "inception and dinov2 take any size")
-    indices = torch.arange(num)[rank::world]
-    seeds = image_seeds(seed, stream, indices)
-    classes = indices % model.num_classes
-    if labels == "random":                  # the noise takes the lower 32 bits
-        classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
-    batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise)
-    shown = []
-
-    def keeping():
-        total, title = -(-len(indices) // batch_size), f"drawing {num}" + (f" ({sampler})" if sampler else "")
-        for batch in watched(batches, total, desc=title, leave=False):
-            if sum(map(len, shown)) < keep:
-                shown.append(batch)
-            yield batch
-
-    summaries = summarize(keeping(), nets, num_prdc, device)
-    return summaries, gather(torch.cat(shown)[:len(range(rank, keep, world))], keep) if keep else None
-
-
-def evaluate(model, nets, real, num, sampler="", steps=10, noise=None, seed=0, labels="balanced", **how):
-    """
-    Draw num images (how: see drawn_summaries) and compare them in every net with real {net.name: Summary}. Returns
-    {net.name: row}, a row being judge()'s with features, sampler, steps and seed; "images": the first `keep`.
-    """
-    sampler = schedule(sampler, steps, noise, 0.0, model.sigmas).sampler
-    summaries, images = drawn_summaries(model, nets, num, sampler, steps, noise, seed, labels=labels, **how)
-    rows = {} if images is None else dict(images=images)
-    for name, fake in summaries.items():
-        stratum = torch.arange(len(fake.features), device=fake.features.device) % model.num_classes
-        row = judge(fake, real[name], stratum if labels == "balanced" else None)
-        rows[name] = dict(features=name, sampler=sampler, steps=steps, seed=seed, **row, kept=fake.features,
-                          mean=fake.mu, labels=stratum)
+    batches = drawn_batches(model, num, sampler, steps, noise, seed, stream, labels, batch_size)
+    rows = {}
+    for name, fake in summarize(batches, nets, num_prdc, device, keep).items():
+        stratum = torch.arange(len(fake.features), device=device) % model.num_classes
+        row = metrics(fake, real[name], stratum if labels == "balanced" else None)
+        rows[name] = dict(row, features=name, sampler=sampler, steps=steps, seed=seed, mean=fake.mu, labels=stratum,
+                          images=fake.images)
     return rows
 
 
-def check_features(names, path):
-    """Mistakes in the names of feature networks, or in the path of their weights."""
-    if len(set(names)) < len(names):
-        fail(f"features {names}: needed are different feature networks")
-    if path and not set(names) & set(WEIGHTS):
-        fail(f"--features_path does nothing without {' or '.join(WEIGHTS)} as features; leave it out")
-
-
-def choose_networks(c, size, judges):
-    """
-    The feature networks of a search, c.features, and of its table, c.judges: those named; else the tiny ones (`judges`)
-    for images of 16 px, which a note tells if they are not the tiny world's, and Inception for all others.
-    """
-    tiny, named = c.real == "tiny" or size == SIZE, c.features and c.judges
-    c["features"] = c.features or (["tiny"] if tiny else ["inception"])
-    if not c.judges and c.num:
-        c["judges"] = c.features if is_statistics(c.real) else judges if tiny else ["inception"]
-    for names in (c.features, c.judges):
-        check_features(names, "")
-    check_features({*c.features, *c.judges}, c.features_path)
-    if is_statistics(c.real) and (len(c.features) > 1 or c.num and c.judges != c.features):
-        fail(f"{c.real} has statistics of one feature network only; add --judges {c.features[0]}, or --num=0")
-    if c.real != "tiny" and {"tiny", "tiny2"} & {*c.features, *c.judges} and not named:
-        note("the tiny feature networks know only the digits of the tiny world; for images of your own name --features "
-             "and --judges: inception or dinov2")
-
-
 # ---- A model before and after ---------------------------------------------------------------------------------------
+
+NUM_REAL, NUM_PRDC = 20000, 3000        # for both RL scripts: real images of the tiny world; of the neighbour metrics
+
 
 class Blue:
     """1 where the ink of an image is blue, with a measured hue of .50 to .72 turns, else 0; its mean is their share."""
@@ -965,55 +740,76 @@ class Blue:
         return ((hue > 0.50) & (hue < 0.72)).float()[:, None]
 
 
-def floors(real, nets, known, num, num_prdc, device, size):
-    """{net.name: FD of num other real images against the real ones known}; {} if there are too few."""
-    if is_statistics(real):
-        return {}
-    found = real_summaries(real, nets, "floor", num_prdc, num, device, size)
-    if found[nets[0].name].num < num:
-        note(f"no floor, as {real} has {found[nets[0].name].num} real images for it, not {num}")
-        return {}
-    return {name: distance(x, known[name]) for name, x in found.items()}
+class Nets:
+    """Several feature networks as one: their features side by side, each network's divided by its scale."""
+    def __init__(self, nets, scales):
+        self.nets, self.scales, self.dim = nets, scales, sum(net.dim for net in nets)
+        self.name = " + ".join(net.name for net in nets)
+        self.size = next((net.size for net in nets if net.size), None)
+
+    def __call__(self, images):
+        return torch.cat([net(images) / scale for net, scale in zip(self.nets, self.scales)], dim=1)
 
 
-NUM_REAL, NUM_PRDC = 20000, 3000        # for both RL scripts: real images of the tiny world; of the neighbour metrics
+def check_features(names):
+    if len(set(names)) < len(names):
+        fail(f"features {names}: needed are different feature networks")
+
+
+def choose_networks(c, size):
+    """Fill in c.features of the reward and c.judges of the table: the tiny ones for images of 16 px, else Inception."""
+    tiny, named, statistics = c.real == "tiny" or size == SIZE, c.features and c.judges, is_statistics(c.real)
+    c["features"] = c.features or (["tiny"] if tiny else ["inception"])
+    if not c.judges and c.num:
+        c["judges"] = c.features if statistics else ["tiny2", "tiny", "factors"] if tiny else ["inception"]
+    check_features(c.features)
+    check_features(c.judges)
+    if statistics and len(c.features) > 1:
+        fail(f"{c.real} has statistics of one feature network only, --features names {len(c.features)}")
+    if c.real != "tiny" and {"tiny", "tiny2"} & {*c.features, *c.judges} and not named:
+        note("the tiny feature networks know only the digits of the tiny world; for images of your own name --features "
+             "and --judges: inception or dinov2")
 
 
 def reward_networks(c, model, device):
-    """The feature networks of the reward as one, and the Summary of the real images that reward, in their features."""
-    choose_networks(c, image_size(model), ["tiny2", "tiny", "factors"])
+    """Feature network and real Summary of the reward; several networks are one, each scaled to a mean variance of 1."""
+    choose_networks(c, image_size(model))
     check_classes(c.real, model.num_classes)
-    nets = Nets([feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in c.features])
-    found = real_summaries(c.real, [nets], "train", NUM_PRDC, NUM_REAL if c.real == "tiny" else 0, device,
-                           image_size(model), c.batch_size)
-    real = nets.rescale(found[nets.name])
-    if 0 < real.num <= nets.dim:
-        fail(f"{c.real} has {real.num} images for the reward; {nets.name} features need more than {nets.dim}", code=1)
-    return nets, real
+    nets = feature_nets(c.features, c.features_path, device)
+    net = nets[0] if len(nets) == 1 else Nets(nets, [1.0] * len(nets))
+    real = real_summaries(c.real, [net], "train", NUM_PRDC, NUM_REAL if c.real == "tiny" else 0, device,
+                          image_size(model), c.batch_size)[net.name]
+    if len(nets) > 1:
+        variances = real.cov.diagonal().split([n.dim for n in nets])
+        unit = torch.cat([v.mean().sqrt().expand(len(v)) for v in variances])               # (d,)
+        net = Nets(nets, [v.mean().sqrt().item() for v in variances])
+        features = (real.features / unit).float()
+        real = real._replace(mu=real.mu / unit, cov=real.cov / unit.outer(unit), features=features)
+    if 0 < real.num <= net.dim:
+        fail(f"{c.real} has {real.num} images for the reward; {net.name} features need more than {net.dim}", code=1)
+    return net, real
 
 
 def table_of(c, model, device, stream="report", blue=False):
-    """
-    A function of a model, a label, a sampler and steps: rows of the table, one for each judge, with the first images.
-    These are drawn from noise, and compared with real images, that training never uses.
-    """
-    judges = [feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in c.judges]
-    size = image_size(model)
-    counted = [Blue()] if blue and c.real == "tiny" and size == Blue.size else []
-    num_real = NUM_REAL if c.real == "tiny" else 0
-    real = real_summaries(c.real, judges + counted, stream, NUM_PRDC, num_real, device, size, c.batch_size)
-    floor = floors(c.real, judges, real, c.num, NUM_PRDC, device, size)
+    """(model, label, sampler, steps) => rows, one for each of c.judges, from noise and real images never trained on."""
+    judges = feature_nets(c.judges, c.features_path, device)
+    size, num_real = image_size(model), NUM_REAL if c.real == "tiny" else 0
+    nets = judges + [Blue()] if blue and c.real == "tiny" and size == SIZE else judges
+    real = real_summaries(c.real, nets, stream, NUM_PRDC, num_real, device, size, c.batch_size)
+    floor = {}                              # FD of other real images, as many as are drawn
+    if not is_statistics(c.real):
+        others = real_summaries(c.real, judges, "floor", NUM_PRDC, c.num, device, size)
+        floor = {name: distance(x, real[name]) for name, x in others.items() if x.num == c.num}
+        if not floor:
+            note(f"no floor, as {c.real} has {others[c.judges[0]].num} real images for it, not {c.num}")
 
-    def judge(model, label, sampler, steps):
-        found = evaluate(model, judges + counted, real, c.num, sampler, steps, c.noise, seed=c.seed, stream=stream,
-                         num_prdc=NUM_PRDC, batch_size=c.batch_size, keep=min(c.num, 200))
-        shares = {"blue": found["blue"]["mean"].item(), "blue_real": real["blue"].mu.item()} if counted else {}
-        for net in judges:
-            notes_on(found[net.name], net.dim)
-        return [dict(found[net.name], label=label, floor=floor.get(net.name), images=found["images"], **shares)
-                for net in judges]
+    def rows_of(model, label, sampler, steps):
+        rows = evaluate(model, nets, real, c.num, sampler, steps, c.noise, c.seed, stream, num_prdc=NUM_PRDC,
+                        batch_size=c.batch_size, keep=min(c.num, 200))
+        shares = dict(blue=rows["blue"]["mean"].item(), blue_real=real["blue"].mu.item()) if "blue" in rows else {}
+        return [dict(rows[name], label=label, floor=floor.get(name), **shares) for name in c.judges]
 
-    return judge
+    return rows_of
 
 
 def public(row):
@@ -1024,10 +820,7 @@ def public(row):
 
 
 def compare(before, after):
-    """
-    A table: rows of evaluate() before and after, on the same noise and labels. +- is one standard error, that of the
-    change is paired; down is the share of the FD above the floor that is gone.
-    """
+    """A table; +- is a standard error (of the change: paired), down the share of FD above the floor that is gone."""
     lines = [f"{'':>10s} {'images':>6s} {'features':9s} {'FD before':>17s} {'after':>17s} {'change':>17s} "
              f"{'floor':>7s} {'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
     with_error = lambda value, error: f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
@@ -1048,86 +841,87 @@ def compare(before, after):
     return "\n".join(lines)
 
 
+def check_options(c, world):
+    """What is wrong with the options of this script, before anything is loaded."""
+    if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
+        fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "
+             f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
+    for name, choices in (("stream", ("report", "select")), ("labels", ("balanced", "random"))):
+        if c[name] not in choices:
+            fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
+    if c.stats and not c.stats.lower().endswith(".npz"):
+        fail(f"--stats={c.stats}: needed is a name that ends in .npz")
+    for path in filter(None, (c.json, c.stats)):
+        writable(path)
+    if (is_statistics(c.real) or c.stats) and len(c.features) > 1:
+        fail(f"statistics are those of one feature network, --features names {len(c.features)}")
+    if c.images and is_statistics(c.images):
+        fail(f"{c.images} holds statistics, where images are needed; statistics are for --real", code=1)
+    if (c.images or c.stats) and "ckpt" in c.given:
+        note(f"--ckpt does nothing beside {'--images' if c.images else '--stats'}")
+
+
+def report(row, net, source, c, seconds):
+    """Print the metrics of one feature network."""
+    error = "-" if row["fid_se"] is None else f"{row['fid_se']:.3f}"
+    print0(f"FID {row['fid']:.3f} +- {error}  ({row['num']} images, {source}; {net.name} features, real: {c.real}; "
+           f"{seconds:.0f} s)")
+    if row["kid"] is not None:
+        print0(f"KID {row['kid']:.5f}  " + "  ".join(f"{k} {row[k]:.3f}" for k in NEIGHBOURS[1:])
+               + f"  (these on {min(row['num'], c.num_prdc)} of the images)")
+
+
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     with Stop():
         rank, world, device = setup()
-        if c.num < 0 or 0 < c.num < 2 * world or min(c.num_prdc, c.num_real) < 10 or c.batch_size < 1:
-            fail(f"num {c.num}, num_prdc {c.num_prdc}, num_real {c.num_real}, batch_size {c.batch_size}: "
-                 f"needed are 0 or at least {2 * world}, at least 10, 10 and 1")
-        for name, choices in (("stream", ("report", "select")), ("labels", ("balanced", "random"))):
-            if c[name] not in choices:
-                fail(f"unknown {name} {c[name]!r}; choose {' or '.join(choices)}")
-        if c.stats and not c.stats.lower().endswith(".npz"):
-            fail(f"--stats={c.stats}: needed is a name that ends in .npz")
-        for path in filter(None, (c.json, c.stats)):
-            writable(path)
+        check_options(c, world)
 
         # What is evaluated decides on the features: those of the tiny world where both sides are of it.
-        model = load_guided(c, device) if not c.images and (not c.stats or "ckpt" in c.given) else None
-        if c.images and "ckpt" in c.given and not c.stats:
-            note("--ckpt does nothing beside --images")
-        tiny = c.real == "tiny" and not c.images and (not model or image_size(model) == SIZE and not model.classes)
+        model = None if c.images or c.stats else load_guided(c, device)
+        size = image_size(model) if model else None
+        tiny = c.real == "tiny" and not c.images and (not model or size == SIZE and not model.classes)
         names = c.features or (["tiny2"] if tiny else ["inception"])
-        check_features(names, c.features_path)
-        if len(names) > 1 and (c.stats or is_statistics(c.real)):
-            fail(f"statistics are those of one feature network, --features names {len(names)}")
+        check_features(names)
         if not c.features:
             print0("features: " + ("tiny2, as both sides are the tiny world" if tiny else "inception"))
         if model:
-            noise = NOISE[model.family] if c.noise == -1 else c.noise
-            plan = schedule(c.sampler, c.steps, noise, 0.0, model.sigmas)   # refuses before the real images are read
-            how = dict(num=c.num or 50_000, sampler=plan.sampler, steps=c.steps, noise=noise, seed=c.seed,
-                       stream=c.stream, num_prdc=c.num_prdc, batch_size=c.batch_size, labels=c.labels)
-            if not c.stats:
-                check_classes(c.real, model.num_classes)
-        nets = [feature_net(name, c.features_path if name in WEIGHTS else None, device) for name in names]
-        if c.images and len({net.size for net in nets}) > 1:
-            fail(f"features of {' and '.join(names)} need images of different sizes: name one at a time")
+            plan = schedule(c.sampler, c.steps, c.noise, model.sigmas)   # refuses before the real images are read
+            drawn = dict(num=c.num or 50_000, sampler=plan.sampler, steps=c.steps, noise=c.noise, seed=c.seed,
+                         stream=c.stream, labels=c.labels, batch_size=c.batch_size)
+            check_classes(c.real, model.num_classes)
+        nets = feature_nets(names, c.features_path, device)
 
-        def of_real(num):
-            role, size = "select" if c.stream == "select" else "all", image_size(model) if model else None
-            num = num or (c.num_real if c.real == "tiny" else 0)
-            return real_summaries(c.real, nets, role, c.num_prdc, num, device, size, c.batch_size)
-
-        def of_images():
-            found, needed = len(open_images(c.images).names), max(c.num, 2 * world)
-            if found < needed:
-                fail(f"{c.images} holds {found} images, {needed} are needed; FID depends on the number", code=1)
-            return real_summaries(c.images, nets, "all", c.num_prdc, c.num, device, None, c.batch_size)
+        def stored(source, num=0):          # {net.name: Summary} of num images, 0: of all
+            role = "select" if c.stream == "select" else "all"
+            num = num or (c.num_real if source == "tiny" else 0)
+            found = real_summaries(source, nets, role, c.num_prdc, num, device, size, c.batch_size)
+            if found[names[0]].num < num:
+                fail(f"{source} holds {found[names[0]].num} images, {num} are needed", code=1)
+            return found
 
         if c.stats:
-            if model:
-                found, what = drawn_summaries(model, nets, **how)[0], c.ckpt or "the tiny base"
-            else:
-                found, what = (of_images(), c.images) if c.images else (of_real(c.num), c.real)
-            found = found[names[0]]
+            source = c.images or c.real
+            found = stored(source, c.num)[names[0]]
             if rank == 0:
                 write_statistics(c.stats, found, nets[0])
-            print0(f"wrote {c.stats}: {found.num} images of {what} ({found.size}), {names[0]} features; use it as "
+            print0(f"wrote {c.stats}: {found.num} images of {source} ({found.size}), {names[0]} features; use it as "
                    "--real")
             return
 
-        real, began = of_real(0), time.time()
+        real, began = stored(c.real), time.time()
         if model:
-            source = f"{in_words(plan, noise)}, {c.labels} labels, seed {c.seed}"
-            rows = evaluate(model, nets, real, **how)
+            source = f"{in_words(plan, c.noise)}, {c.labels} labels, seed {c.seed}"
+            rows = evaluate(model, nets, real, num_prdc=c.num_prdc, **drawn)
         else:
-            source, none = c.images, dict(sampler=None, steps=None, seed=None)
-            rows = {name: dict(features=name, **none, **judge(x, real[name])) for name, x in of_images().items()}
+            source = c.images
+            rows = {name: dict(metrics(x, real[name]), features=name) for name, x in stored(source, c.num).items()}
         if c.json and rank == 0:
             keys = ("fid", "fid_se", *NEIGHBOURS, "num", "features", "sampler", "steps", "seed")
             with whole(c.json) as f:
-                f.write("".join(dumps({k: rows[name][k] for k in keys}) + "\n" for name in names).encode())
+                f.write("".join(dumps({k: rows[name].get(k) for k in keys}) + "\n" for name in names).encode())
         for net in nets:
-            row = rows[net.name]
-            notes_on(row, net.dim)
-            error = "-" if row["fid_se"] is None else f"{row['fid_se']:.3f}"
-            print0(f"FID {row['fid']:.3f} +- {error}  ({row['num']} images, {source}; {net.name} features, real: "
-                   f"{c.real}; {time.time() - began:.0f} s)")
-            if row["kid"] is not None:
-                print0(f"KID {row['kid']:.5f}  " + "  ".join(f"{k} {row[k]:.3f}" for k in NEIGHBOURS[1:])
-                       + f"  (these on {min(row['num'], c.num_prdc)} of the images)")
+            report(rows[net.name], net, source, c, time.time() - began)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ Merge stored checkpoints of one model: RL over the coefficients, whose reward is
 Merged weights are sum_k w_k theta_k with sum_k w_k = 1 in each block, negatives allowed. Candidates are drawn with
 the sampler that is used in the end, on common noise and labels; no SDE anywhere (arXiv 2607.02291, section on merging).
 
-Left out on purpose: a softmax over coefficients (the best ones are often negative) and spherical interpolation.
+Left out on purpose: a softmax over coefficients (the best ones are often negative) and spherical interpolation. Rivals
+at the same number of images, from the best single checkpoint to Neon: python lab/rivals.py
 
 python merge_rl.py                                              # snapshots of the tiny SiT, two minutes on a CPU
 python merge_rl.py --ckpts a.pt b.pt --real FOLDER              # yours; globs work
-python merge_rl.py --method=all                                 # every method at the same number of drawn images
-torchrun --nproc_per_node=8 merge_rl.py --preset=paper-edm2 --ckpts 'edm2-img512-xs-*.pkl' --vae vae.safetensors ..
+torchrun --nproc_per_node=8 -- merge_rl.py --preset=paper-edm2 --ckpts 'edm2-img512-xs-*.pkl' --vae vae.safetensors ..
 """
-import copy
 import glob
 import json
 import os
@@ -19,16 +18,15 @@ import re
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from fid import compare, public, reward_networks, table_of
-from models import (ASSETS, Stop, configure, fail, gather, holds_run, move_aside, normalize_filters, of_the_run_before,
-                    print0, read_checkpoint, save, setup, stored_parts, take_preset, whole, writable, write)
-from reward import Moments, ReferenceSet, Stream, covariance_root, distance_to_root, long_enough
-from sample import NOISE, generate, image_seeds, load_guided, renoise, save_curves, save_grid, schedule
+from models import (ASSETS, Stop, configure, fail, gather, move_aside, moved, print0, read_checkpoint,
+                    save, setup, stored_parts, take_preset, whole, writable)
+from reward import ReferenceSet, Stream, long_enough
+from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule
 
 # -----------------------------------------------------------------------------
 # files
@@ -42,8 +40,7 @@ resume = False # continue the search in OUT at the candidate it was stopped at
 heads = 0 # attention heads of a SiT whose file does not tell; 0: as the file says, or official for its width
 classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table but one, the null class
 # search
-method = "rl" # rl, single, uniform, greedy, ema, random, neon; all: every one that applies
-budget = 24000 # images each method may draw to search
+budget = 24000 # images that may be drawn to search
 per = "block" # coefficients for each block, for each stage, or for the whole model (all)
 # rl
 policy = "mean" # mean: the coefficients themselves are learned; net: the output of an MLP is, the paper's
@@ -75,28 +72,22 @@ PRESETS = {
 }
 
 MEMORY = 0.5        # subset 1: weight of earlier images in the moments, per iteration, if that keeps enough
-SNAPSHOT = re.compile(r"-(\d+)-(\d+\.\d+)\.\w+$")      # images and EMA width in edm2-img512-xs-0134217-0.050.pkl
 
 
-def main(argv=None):
-    c = configure(globals(), sys.argv[1:] if argv is None else argv)
+def main(argv=None, methods=None):
+    """methods: {name: function like rl}, searches to compare under one budget, of which the first is saved."""
+    c, methods = configure(globals(), sys.argv[1:] if argv is None else argv), methods or {"rl": rl}
     rank, world, device = setup()
     began = time.time()
     take_preset(c, PRESETS)
-    check(c, world)
+    check(c)
     paths = find_checkpoints(c.ckpts)
-    met = not c.resume and holds_run(c.out, ("merged.pt", "cache"), [*paths, c.guide])
-    paths = [of_the_run_before(path, c.out) for path in paths] if c.resume else paths
+    paths = [moved(path, c.out) for path in paths] if c.resume else paths
     c["ckpt"] = paths[0]
     model = load_guided(c, device)
     c["sampler"] = c.sampler or {"sit": "euler", "edm2": "heun"}[model.family]
     c["steps"] = c.steps or (5 if c.sampler == "heun" else 10)
-    c["noise"] = NOISE[model.family] if c.noise < 0 else c.noise
-    schedule(c.sampler, c.steps, c.noise, 0.0, model.sigmas)            # refuses what the model does not have
-    odd = [path for path in paths if not SNAPSHOT.search(path)]
-    methods = [name for name in METHODS if name != "ema" or not odd] if c.method == "all" else [c.method]
-    if methods == ["ema"] and odd:
-        fail(f"--method=ema needs snapshots named NAME-IMAGES-STD.pt, and {odd[0]} is not")
+    schedule(c.sampler, c.steps, c.noise, model.sigmas)            # refuses what the model does not have
     basis = Basis(paths, c.per, model)
     alone = torch.eye(len(paths), dtype=torch.float64)[:, None].repeat(1, len(basis.groups), 1)     # (K, G, K)
     nets, real = reward_networks(c, model, device)
@@ -107,24 +98,24 @@ def main(argv=None):
     # Evaluate the last checkpoint first: if the real data do not fit, better to know before.
     judge = table_of(c, model, device) if c.num else lambda *args: []
     before = judge(basis.merge(alone[-1]), "last", c.sampler, c.steps)
-    if met:                                 # options and data are known to work
+    if not c.resume:                        # options and data are known to work
         move_aside(c.out, ("merged.pt", "result.json", "before.png", "after.png", "curve.png", "cache"))
-        paths[:] = [of_the_run_before(path, c.out) for path in paths]
+        paths[:] = [moved(path, c.out) for path in paths]
 
-    # Search, every method with the same budget; then evaluate on fresh noise, as the best of noisy scores is no result.
+    # Search; then evaluate on fresh noise, as the best of noisy scores is no result.
     results, drawn, curves, candidates, after = {}, {}, {}, [], []
     with Stop("; continue with --resume"):  # at once: all that was drawn but the present candidate is in the cache
-        for name in methods:
+        for name, method in methods.items():
             with tqdm(total=c.budget, desc=name, unit="image", disable=rank > 0 or None) as bar:
                 search = Search(c, basis, nets, real, name, bar)
-                results[name] = METHODS[name](search, c, alone)
+                results[name] = method(search, c, alone)
             drawn[name] = search.drawn
             curves[name] = [(row["drawn"], row["fd"]) for row in search.log if "fd" in row]
             candidates += [dict(method=name, **row) for row in search.log]
         for name, w in results.items():
             after += judge(basis.merge(w), name, c.sampler, c.steps)
 
-    w = results[methods[0]]
+    first, w = next(iter(results.items()))
     if rank == 0:
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
         for row, name in zip(before[:1] + after[:1], ("before.png", "after.png")):
@@ -133,7 +124,7 @@ def main(argv=None):
             save_curves(os.path.join(c.out, "curve.png"), curves, "images", f"FD of the candidates in {nets.name}")
         with whole(os.path.join(c.out, "result.json")) as f:
             f.write(json.dumps(dict(
-                ckpts=basis.paths, groups=basis.groups, method=methods[0], budget=c.budget, drawn=drawn,
+                ckpts=basis.paths, groups=basis.groups, method=first, budget=c.budget, drawn=drawn,
                 coefficients={name: x.tolist() for name, x in results.items()}, seed=c.seed, features=nets.name,
                 sampler=c.sampler, steps=c.steps, before=[public(row) for row in before],
                 after=[public(row) for row in after], seconds=time.time() - began, images=sum(drawn.values()),
@@ -148,9 +139,9 @@ def main(argv=None):
 
 # ---- Before the search ----------------------------------------------------------------------------------------------
 
-def check(c, world):
+def check(c):
     """What people get wrong on the command line, before anything is loaded."""
-    for name, choices in dict(method=(*METHODS, "all"), per=("all", "stage", "block"), policy=("mean", "net")).items():
+    for name, choices in dict(per=("all", "stage", "block"), policy=("mean", "net")).items():
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
     for name, least in dict(images=2, pairs=1, batch_size=1, subset=1, refresh=1, reference=2 * c.images).items():
@@ -158,11 +149,6 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is at least {least}")
     if c.images % c.subset:
         fail(f"images {c.images} does not divide into subsets of {c.subset}")
-    if c.method in ("rl", "all") and c.budget < c.reference + 2 * c.pairs * c.images:
-        fail(f"budget {c.budget} is less than the reference of {c.reference} and one iteration of {2 * c.pairs} "
-             f"candidates of {c.images} images; raise it, or lower --images or --reference")
-    if c.num and c.num < 2 * world:
-        fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
     writable(os.path.join(c.out, "merged.pt"))
 
 
@@ -239,9 +225,10 @@ class Search:
     """
     def __init__(self, c, basis, nets, real, method, bar):
         self.c, self.basis, self.nets, self.real, self.bar = c, basis, nets, real, bar
-        self.root, self.drawn, self.log = covariance_root(real.cov), 0, []
+        self.drawn, self.log = 0, []
         self.folder = os.path.join(c.out, "cache", method)
         self.key = {name: c[name] for name in c if name not in ("resume", "out", "preset", "num", "judges")}
+        self.key["files"] = [os.path.basename(path) for path in basis.paths]        # that globs have found
 
     def stored(self, path):
         """What this very search has written to `path`, or None; the ranks agree, whatever each sees of the folder."""
@@ -269,29 +256,16 @@ class Search:
                 features = torch.cat([self.nets(x) for x in self.images_of(w, indices)])
                 kept = dict(key=self.key, features=gather(features, count))
                 if dist.get_rank() == 0:
-                    write(path, kept)
+                    with whole(path) as f:
+                        torch.save(kept, f)
             found.append(kept["features"].to(self.real.mu.device))
             self.drawn += count
             self.bar.update(count)
             self.log.append(dict(candidate=len(self.log), drawn=self.drawn, images=count, w=w.tolist()))
         return torch.stack(found)
 
-    def scores(self, ws, count, first=0):
-        """FD (m,) of every candidate from `count` images, the same noise and labels in every call."""
-        if count < 2:
-            fail(f"budget {self.c.budget} leaves {len(ws)} candidates {count} images each; needed are at least 2")
-        moments = [Moments(self.nets.dim, f.device).add(f) for f in self.draw(ws, count, first)]
-        fds = [distance_to_root(*m.gaussian(), self.real.mu, self.root).item() for m in moments]
-        for row, fd in zip(self.log[-len(ws):], fds):
-            row["fd"] = fd
-        return fds
 
-    def best(self, ws, count, first=0):
-        """The candidate of the lowest FD."""
-        return ws[int(np.argmin(self.scores(ws, count, first)))]
-
-
-# ---- Methods: each gets a Search and c.budget images, and returns coefficients (G, K) -------------------------------
+# ---- RL over the coefficients ---------------------------------------------------------------------------------------
 
 def policy_net(rng, start):
     """The paper's policy, an MLP of 3 layers with a learned input: its parameters, and the mean, `start` at first."""
@@ -344,6 +318,9 @@ def rl(search, c, alone):
     memory = long_enough(MEMORY, c.images, d)           # images on common noise count once
     if c.subset == 1 and memory > MEMORY:
         print0(f"note: {c.images} images are few for {d} dimensions; the moments keep {memory:.3f} of earlier ones")
+    if c.budget < c.reference + 2 * c.pairs * c.images:
+        fail(f"budget {c.budget} is less than the reference of {c.reference} and one iteration of {2 * c.pairs} "
+             f"candidates of {c.images} images; raise it, or lower --images or --reference")
     if c.reference <= d:
         fail(f"reference {c.reference}: needed are more images than {search.nets.name} features have dimensions, {d}")
     first = search.draw(alone[-1:], c.reference, 0)[0]
@@ -370,112 +347,6 @@ def rl(search, c, alone):
     iters = max(1, (c.budget - c.reference) // (2 * c.pairs * c.images + redrawing))
     rng = torch.Generator().manual_seed(c.seed)
     return evolve(reward_of, alone[-1], iters, c.pairs, c.search_std, c.lr, rng, c.policy)
-
-
-def greedy(search, c, alone):
-    """Greedy soup (Wortsman et al. 2022): checkpoints join, best first, if the mean of the members gets better."""
-    count = c.budget // (2 * len(alone))
-    fds = search.scores(alone, count)
-    first, *others = np.argsort(fds).tolist()
-    members, best = [first], fds[first]
-    for k in others:
-        fd = search.scores(alone[members + [k]].mean(0)[None], count)[0]
-        if fd < best:
-            members, best = members + [k], fd
-    return alone[members].mean(0)
-
-
-def random(search, c, alone):
-    """The best of random coefficients around the last checkpoint, at three scales, with 500 images for each."""
-    count, rng = min(500, c.budget), torch.Generator().manual_seed(c.seed)
-    e = torch.randn(c.budget // count, *alone[-1].shape, generator=rng, dtype=torch.float64)
-    scale = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)[torch.arange(len(e)) % 3].view(-1, 1, 1)
-    return search.best(alone[-1] + scale * (e - e.mean(-1, keepdim=True)), count)
-
-
-def ema(search, c, alone):
-    """The best of 16 EMA lengths, made afterwards from the snapshots (Karras et al. 2024, section 3.2)."""
-    ends, stds = np.array([[float(x) for x in SNAPSHOT.search(path).groups()] for path in search.basis.paths]).T
-    ws = [posthoc_coefficients(ends, stds, ends.max(), std) for std in np.geomspace(0.02, 0.25, 16)]
-    return search.best(torch.from_numpy(np.stack(ws))[:, None].repeat(1, alone.shape[1], 1), c.budget // 16)
-
-
-def ema_exponent(std):
-    """gamma of the power-function average of relative width std: std^2 (g+2)^2 (g+3) = g+1 (Karras et al. 2024)."""
-    return np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max()
-
-
-def posthoc_coefficients(ends, stds, end, std):
-    """
-    Coefficients (K,) of power-function averages that ended at `ends` with relative widths `stds`, whose mixture is
-    nearest to the average that ends at `end` with width `std`. float64, sum 1; Karras et al. 2024, algorithm 3.
-    """
-    gammas = np.array([ema_exponent(s) for s in stds])
-
-    def inner(ta, a, tb, b):
-        return (a + 1) * (b + 1) * (ta / tb) ** np.where(ta < tb, b, -a) / ((a + b + 1) * np.maximum(ta, tb))
-
-    A = inner(ends[:, None], gammas[:, None], ends, gammas)
-    B = inner(ends, gammas, float(end), ema_exponent(std))
-    X = np.linalg.solve(A, B)
-    return X / X.sum()
-
-
-def neon(search, c, alone, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
-    """
-    One step away from self-training (Neon, arXiv 2510.03597): a copy of the last checkpoint is trained on its images,
-    half of the budget, joins the basis, and theta - s (theta_self - theta) is tried for several s.
-    """
-    basis, half, path = search.basis, c.budget // 2, os.path.join(search.folder, "self.pt")
-    kept = search.stored(path)
-    if kept is None:
-        images = gather(torch.cat(list(search.images_of(alone[-1], torch.arange(half), decoded=False))), half)
-        trained = self_trained(basis.model, images, c.seed, c.batch_size)
-        kept = dict(ema=trained.state_dict())
-        if dist.get_rank() == 0:
-            save(path, trained, key=search.key)
-    basis.states.append(kept["ema"])
-    basis.paths.append(path)
-    search.drawn += half
-    search.bar.update(half)
-    last = torch.nn.functional.pad(alone[-1], (0, 1))
-    ws = torch.stack([last + s * (last - last.roll(1, 1)) for s in scales])
-    return search.best(ws, half // len(scales), first=half)         # not on the noise that the copy was trained on
-
-
-def self_trained(model, images, seed, batch_size, lr=5e-5, passes=3, batch=250):
-    """
-    A copy of the network that was trained on images (N, C, H, W) of its own, image i of class i % classes; what it gets
-    wrong the copy gets more wrong. Every rank trains on its share of each batch, batch_size images in one pass.
-    """
-    rank, world, device = dist.get_rank(), dist.get_world_size(), images.device
-    rng, trained = torch.Generator().manual_seed(seed), copy.deepcopy(getattr(model, "model", model))
-    params = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr, betas=(0.9, 0.99))
-    for _ in range(-(-passes * len(images) // batch)):
-        k = torch.randint(len(images), (batch,), generator=rng)
-        noise, z = torch.randn(batch, *model.shape, generator=rng), torch.randn(batch, generator=rng)
-        uniform = z.sigmoid() if model.family == "sit" else torch.special.ndtr(z)               # as in pre-training
-        dropped = torch.rand(batch, generator=rng) < (0.1 if model.null else 0)                 # for guidance
-        labels = (k % model.num_classes).masked_fill(dropped, model.num_classes)
-        optimizer.zero_grad()
-        for part in torch.arange(batch)[rank::world].split(batch_size):
-            x, t, u, weight = renoise(model, images[k[part]], noise[part].to(device), uniform[part].to(device))
-            errors = (trained(x, t, labels[part].to(device)) - u).square().mean((1, 2, 3)) * weight
-            (errors.sum() / batch).backward()
-        for p in params:
-            dist.all_reduce(p.grad)
-        optimizer.step()
-        normalize_filters(trained)
-    return trained
-
-
-METHODS = {
-    "rl": rl,
-    "single": lambda search, c, alone: search.best(alone, c.budget // len(alone)),      # the best single checkpoint
-    "uniform": lambda search, c, alone: alone.mean(0),              # of all (Wortsman et al. 2022); draws nothing
-    "greedy": greedy, "ema": ema, "random": random, "neon": neon,
-}
 
 
 if __name__ == "__main__":

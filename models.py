@@ -1,20 +1,16 @@
 """
 Everything with weights: SiT, EDM2, the VAE decoder, reading official files and ours, writing ours; and, in the last
-section, what every script shares: options, errors, the process group, atomic files. Nothing here knows about images,
-samplers or rewards; pre-training is in lab/pretrain.py.
-
-Left out on purpose: dropout, the VAE's encoder, torch.compile (a minute to warm up).
+section, what every script shares: options, errors, the process group, atomic files. Pre-training is lab/pretrain.py.
 """
 import argparse
 import atexit
-import difflib
+import glob
 import io
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -29,11 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-try:
-    import resource
-except ImportError:                     # Windows has none
-    resource = None
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
@@ -67,9 +58,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
-FUSED_GELU = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 class MLP(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -77,13 +65,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if FUSED_GELU and plain and not torch.is_grad_enabled():
-            # oneDNN's GELU within the matrix product: the tiny network draws up to 1.8 times as fast
-            h = torch.ops.mkldnn._linear_pointwise(x, self.fc1.weight, self.fc1.bias, "gelu", [], "tanh")
-        else:
-            h = F.gelu(self.fc1(x), approximate="tanh")
-        return self.fc2(h)
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Recomputed(nn.Module):
@@ -120,10 +102,7 @@ def position_table(width, grid):
 
 
 class SiT(nn.Module):
-    """
-    Ma et al. 2024. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x. A ModuleDict gives parameters the
-    names of official files. null: label num_classes is the null class of guidance. classes: their names, if known.
-    """
+    """Ma et al. 2024, with official parameter names. x (B, C, H, W), t (B,) in [0, 1], y (B,) => velocity like x."""
     family, sigmas = "sit", None
 
     def __init__(self, depth, width, heads, shape, patch, num_classes, learn_sigma=False, null=True):
@@ -303,19 +282,15 @@ class UNet(nn.Module):
 
 
 class EDM2(nn.Module):
-    """
-    Karras et al. 2024, with official parameter names and arguments; those the official file leaves out have its
-    defaults. x (B, C, H, W), sigma (B,), y (B,) => denoised like x. The plain float32 network: weights stored in
-    float16 are cast first, where the official code rounds the quotient of a float16 gain (a difference of 1e-4).
-    sigmas: the noise levels at which samplers begin their last and their first step; not in official files.
-    """
+    """Karras et al. 2024, with official parameter names. x (B, C, H, W), sigma (B,), y (B,) => denoised like x."""
     family = "edm2"
 
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, logvar_channels=128,
-                 sigmas=(0.002, 80.0), **unet):
+                 sigmas=(0.002, 80.0), dropout=0, use_fp16=False, **unet):      # those two: of training, of GPUs
         super().__init__()
         self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
                                 sigma_data=sigma_data, logvar_channels=logvar_channels, sigmas=sigmas, **unet)
+        # Samplers begin their last and their first step at the noise levels sigmas, which official files do not tell.
         self.shape, self.sigmas = (img_channels, img_resolution, img_resolution), sigmas
         self.num_classes, self.sigma_data = label_dim or 1, sigma_data      # without labels all images are of one class
         self.null, self.classes = label_dim > 0, []
@@ -325,20 +300,17 @@ class EDM2(nn.Module):
 
     def forward(self, x, sigma, y):
         s, sd = sigma.view(-1, 1, 1, 1), self.sigma_data
-        total = (s**2 + sd**2).sqrt()
+        total = (s**2 + sd**2).sqrt()       # all in float32: the official code rounds float16 gains, by up to 1e-4
         return (sd / total)**2 * x + s * sd / total * self.unet(x / total, sigma.log() / 4, y)
 
 
 # ---- VAE decoder ----------------------------------------------------------------------------------------------------
 
 def read_vae(path):
-    """
-    The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file, .safetensors or .bin, of either
-    spelling of the attention; its encoder is ignored. Exit code 1 if one is missing, too many or of a wrong shape.
-    """
+    """The decoder's tensors {name: float32} in a diffusers AutoencoderKL (SD-VAE) file; exit code 1 if it is none."""
     state, w = read_checkpoint(path), {}
     spelling = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    try:
+    with reading(path, "is not an SD-VAE decoder"):
         for name, x in state.items():
             if name.startswith(("decoder.", "post_quant_conv.")):
                 name = ".".join(spelling.get(word, word) for word in name.split("."))
@@ -347,16 +319,11 @@ def read_vae(path):
         count = sum("conv_shortcut" not in name for name in w)
         if count != 136:
             raise ValueError(f"{count} tensors beside the shortcuts, not 136")
-    except (KeyError, AttributeError, RuntimeError, ValueError) as e:
-        fail(f"{path} is not an SD-VAE decoder: {one_line(e)}", code=1)
     return w
 
 
 def vae_decode(w, z):
-    """
-    The decoder of diffusers' AutoencoderKL, Rombach et al. 2022: raw latents (B, 4, h, w) => images (B, 3, 8h, 8w).
-    w: its tensors by name, which also give the sizes.
-    """
+    """Rombach et al. 2022: the decoder of tensors w by name, raw latents (B, 4, h, w) => images (B, 3, 8h, 8w)."""
     def get(name):
         return w[f"{name}.weight"], w[f"{name}.bias"]
 
@@ -398,11 +365,7 @@ LATENTS = {
 
 
 def attach_vae(model, path):
-    """
-    The model, its decoder read from a file: model.vae takes latents (B, 4, h, w) => float32 images (B, 3, 8h, 8w) from
-    0 to 255, as its family does. It is a function, not a module: neither trained nor saved. Exit code 2 if a model of
-    latents gets no file, or one of pixels gets one.
-    """
+    """Give the model its decoder, model.vae: latents (B, 4, h, w) => float32 images (B, 3, 8h, 8w) from 0 to 255."""
     if model.shape[0] == 3:
         if path:
             fail(f"--vae={path}: the model draws pixels and needs no VAE decoder; leave it out")
@@ -422,7 +385,7 @@ def attach_vae(model, path):
         images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
         return (convention["gain"] * images + convention["offset"]).clamp(0, 255)
 
-    model.vae = vae
+    model.vae = vae                         # a function, not a module: neither trained nor saved
     return model
 
 
@@ -438,199 +401,148 @@ def one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def refusal(error):
-    """Why a file was refused: the global that it asks for, or the kind of damage."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it asks for {asked[1]!r}, which is not run" if asked else f"{type(error).__name__}: {one_line(error)}"
-
-
-SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-                         I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+@contextmanager
+def reading(path, trouble=""):
+    """Whatever a damaged file raises ends the script with one line and exit code 1."""
+    trouble = trouble or f"is not a readable {os.path.splitext(path)[1].lower() or 'folder'}"
+    try:
+        yield
+    except Exception as e:
+        asked = re.search(r"GLOBAL (\S+)", str(e))
+        reason = f"it asks for {asked[1]!r}, which is not run" if asked else one_line(e) or type(e).__name__
+        fail(f"{path} {trouble}: {f'it has no {e}' if isinstance(e, KeyError) else reason}", code=1)
 
 
 def read_safetensors(path):
-    """
-    {name: tensor} of a .safetensors file: 8 bytes length, a JSON header {name: {dtype, shape, data_offsets}}, raw data.
-    Exit code 1 unless the tensors fill the data exactly, without gap or overlap.
-    """
+    """{name: tensor} of a .safetensors file: 8 bytes length, JSON {name: {dtype, shape, data_offsets}}, raw data."""
+    types = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, BOOL=torch.bool,
+                 I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8)
     tensors, end = {}, 0
-    with open(path, "rb") as f:
-        size, length = os.fstat(f.fileno()).st_size - 8, int.from_bytes(f.read(8), "little")
-        try:
-            if length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size + 8}")
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
-                dtype, shape = SAFETENSORS_TYPES[header[name]["dtype"]], header[name]["shape"]
-                fits = min(shape, default=0) >= 0 and last - first == math.prod(shape) * dtype.itemsize
-                if not fits or first != end or last > size - length:
-                    raise ValueError(f"bytes {first} to {last} of {size - length} are not {name}")
-                raw = torch.empty(last - first, dtype=torch.uint8)
-                f.readinto(raw.numpy())
-                tensors[name], end = raw.view(dtype).view(shape), last
-            if end != size - length:
-                raise ValueError(f"tensors of {end} bytes, data of {size - length}")
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
-            fail(f"{path} is not a whole .safetensors file: {one_line(e)}", code=1)
+    with reading(path, "is not a whole .safetensors file"):
+        file = np.memmap(path, mode="r")    # a slice ends with the file, whatever length is asked for
+        length = int.from_bytes(file[:8].tobytes(), "little")
+        header, data = json.loads(file[8:8 + length].tobytes()), file[8 + length:]
+        header.pop("__metadata__", None)
+        for first, last, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+            dtype, shape = types[header[name]["dtype"]], header[name]["shape"]
+            if first != end or last > len(data) or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"bytes {first} to {last} of {len(data)} are not {name}")
+            tensors[name], end = torch.tensor(data[first:last]).view(dtype).view(shape), last
+        if end != len(data):
+            raise ValueError(f"tensors of {end} bytes, data of {len(data)}")
     return tensors
 
 
 def read_checkpoint(path):
-    """
-    The dict in a .pt, .bin or .safetensors file, without running code. Exit code 2 if there is no such file, 1 if it is
-    no checkpoint.
-    """
+    """The dict in a .pt, .bin or .safetensors file; no code is run. Exit code 2 if there is no file, 1 if damaged."""
     if not os.path.isfile(path):
         fail(f"no checkpoint {path!r}; needed: a .pt, .pkl or .safetensors file, or the name of one in {ASSETS}")
     if str(path).lower().endswith(".safetensors"):
         return read_safetensors(path)
-    numbers = [np.dtype(kind) for kind in ("f8", "f4", "f2", "i8", "i4", "u1")]
-    arrays = [np.zeros(1).__reduce__()[0], np.ndarray, np.dtype, *map(type, numbers)]
-    named = [(arrays[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    try:                                    # SiT's train.py keeps its arguments, others keep arrays of numpy
-        with torch.serialization.safe_globals([argparse.Namespace, *arrays, *named]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                  # a damaged file can raise anything
-        fail(f"{path} is not a PyTorch checkpoint of tensors alone ({refusal(e)})", code=1)
-
-
-def stand_ins():
-    """
-    {global that official .pkl files name: what is called in its place}; no global itself is imported or called. Made
-    anew for every file, as a file may change them.
-    """
-    class Module:                       # one of torch's own; its state holds its tensors and modules
-        def __setstate__(self, state):
-            self.state = state
-
-    class Dtype:
-        def __init__(self, kind, *flags):
-            self.kind, self.order = kind, "|"
-
-        def __setstate__(self, state):
-            self.order = state[1]
-
-    class Array(np.ndarray):
-        def __setstate__(self, state):
-            _, shape, dtype, fortran, data = state
-            if dtype.kind == "O8" and shape == ():                  # how numpy saves a dict
-                return super().__setstate__((1, (), np.dtype("O"), False, list(data)))
-            if not re.fullmatch(r"[fiu][1248]|b1", dtype.kind) or dtype.order not in "<>|":
-                raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({dtype.kind!r})")
-            values = np.frombuffer(data, dtype.order + dtype.kind)
-            native = values.dtype.newbyteorder("=")
-            super().__setstate__((1, shape, native, fortran, values.astype(native).tobytes()))
-
-    def tensor(flat, offset, size, stride, *rest):
-        if math.prod(size) > len(flat):                             # strides of 0 would be a way to gigabytes
-            raise ValueError(f"a tensor of shape {tuple(size)} from {len(flat)} values")
-        return flat.as_strided(size, stride, offset)
-
-    def storage(data):
-        stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return torch.empty(0, dtype=stored.dtype).set_(stored.untyped())
-
-    first = lambda thing, *rest: thing
-    array = lambda *args: np.ndarray.__new__(Array, (0,), np.uint8)
-    return {
-        "collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict, "numpy.ndarray": None, "numpy.dtype": Dtype,
-        "numpy.core.multiarray._reconstruct": array, "numpy._core.multiarray._reconstruct": array,
-        "torch.nn.modules.container.ModuleDict": Module, "torch.nn.modules.container.ModuleList": Module,
-        "torch.nn.parameter.Parameter": Module, "torch_utils.persistence._reconstruct_persistent_obj": first,
-        "torch._utils._rebuild_parameter": first, "torch._utils._rebuild_parameter_with_state": first,
-        "torch._utils._rebuild_tensor_v2": tensor, "torch.storage._load_from_bytes": storage}
+    # SiT's train.py keeps its arguments, others keep arrays of numpy, whose module of _reconstruct has two names.
+    make = np.zeros(1).__reduce__()[0]
+    known = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "f8 f4 f2 i8 i4 u1".split()),
+             *((make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+    with reading(path, "is not a PyTorch checkpoint of tensors alone"), torch.serialization.safe_globals(known):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class SafeUnpickler(pickle._Unpickler):     # the one in C allocates gigabytes for a wrong byte
     """Reads what official .pkl files hold and runs no code; any other global is an UnpicklingError with its name."""
-    def __init__(self, file):
-        super().__init__(file)
-        self.stand_ins = stand_ins()
+    def find_class(self, module, name):     # what is called in its place, made anew, as a file may change it
+        class Stored(dict):                 # a dtype, or one of torch's own modules
+            def __setstate__(self, state):
+                self["state"] = state
 
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in self.stand_ins:
+        class Array(np.ndarray):
+            def __setstate__(self, state):
+                _, shape, dtype, fortran, data = state
+                kind, order = dtype["kind"], dtype["state"][1]
+                lone = kind == "O8" and shape == ()                     # how numpy saves a dict
+                if not lone and not re.fullmatch(r"[<|]([fiu][1248]|b1)", order + kind):
+                    raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({kind!r})")
+                super().__setstate__((1, shape, np.dtype(kind), fortran, list(data) if lone else data))
+
+        def tensor(stored, offset, size, stride, *rest):
+            flat = torch.empty(0, dtype=stored.dtype).set_(stored.untyped())
+            if math.prod(size) > len(flat):                             # strides of 0 would be a way to gigabytes
+                raise ValueError(f"a tensor of shape {tuple(size)} from {len(flat)} values")
+            return flat.as_strided(size, stride, offset)
+
+        storage = lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        first = lambda thing, *rest: thing
+        dtype = lambda kind, *flags: Stored(kind=kind)
+        array = lambda *args: np.ndarray.__new__(Array, (0,), np.uint8)
+        known = {
+            "collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict, "numpy.ndarray": None, "numpy.dtype": dtype,
+            "numpy.core.multiarray._reconstruct": array, "numpy._core.multiarray._reconstruct": array,
+            "torch.nn.modules.container.ModuleDict": Stored, "torch.nn.modules.container.ModuleList": Stored,
+            "torch.nn.parameter.Parameter": Stored, "torch_utils.persistence._reconstruct_persistent_obj": first,
+            "torch._utils._rebuild_parameter": first, "torch._utils._rebuild_parameter_with_state": first,
+            "torch._utils._rebuild_tensor_v2": tensor, "torch.storage._load_from_bytes": storage}
+        if f"{module}.{name}" not in known:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return self.stand_ins[f"{module}.{name}"]
+        return known[f"{module}.{name}"]
 
 
 def read_pickle(path):
-    """
-    What is in an official .pkl (a network of EDM2, statistics), as dicts, lists, numpy arrays and tensors; an object is
-    a dict with class_name and state. Runs no code. Exit code 1 if there is no such file, or if it is refused.
-    """
-    try:
-        with open(path, "rb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return SafeUnpickler(f).load()
-    except Exception as e:                  # a damaged pickle can raise anything
-        fail(f"{path} is refused: {refusal(e)}", code=1)
+    """What is in an official .pkl (a network of EDM2, statistics); an object is a dict with its state. Runs no code."""
+    with reading(path, "is refused"), open(path, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SafeUnpickler(f).load()
 
 
-def module_tensors(module):
-    """{name: tensor} of a module that read_pickle returned, as its state_dict would be."""
-    state = module["state"] if isinstance(module, dict) else module.state
-    found = {**state["_parameters"], **state["_buffers"]}
-    for name, child in state["_modules"].items():
-        if child is not None:
-            found.update({f"{name}.{k}": v for k, v in module_tensors(child).items()})
+def tensors_in(tree, depth):
+    """{a.b.c: tensor} of the tensors in dicts within a dict, so many levels down."""
+    found = {str(k): x for k, x in tree.items() if isinstance(x, torch.Tensor)}
+    for k, inner in tree.items():
+        if isinstance(inner, dict) and depth:
+            found.update({f"{k}.{name}": x for name, x in tensors_in(inner, depth - 1).items()})
     return found
 
 
 def stored_parts(path):
-    """
-    What a checkpoint holds: ema {name: tensor in the file's dtype}, and init_kwargs (EDM2), heads, args, .. as far as
-    the file has them. Of several sets of weights the averaged one is taken; names lose what wrappers put before them.
-    """
+    """The dict in a checkpoint, its weights (of several sets the averaged one) as ema: {official name: tensor}."""
     asset = os.path.join(ASSETS, f"{path or 'sit-tiny'}.pt")
     path = asset if os.path.isfile(asset) else path
-    if path.lower().endswith(".pkl"):
-        network = read_pickle(path)
-        try:
-            return dict(ema=module_tensors(network["ema"]), init_kwargs=network["ema"]["state"]["_init_kwargs"])
-        except Exception as e:
-            fail(f"{path} holds no EDM2 network ({type(e).__name__}: {one_line(e)})", code=1)
-    parts = read_checkpoint(path)
-
-    # {model, ema}, {state_dict}, {ema: {module}}: the weights are in the file's dict or in one inside it.
-    outer = parts if isinstance(parts, dict) else {}
-    inside = [(str(k), v) for k, v in outer.items() if isinstance(v, dict)]
-    inside += [(f"{k}.{inner}", v) for k, d in inside for inner, v in d.items() if isinstance(v, dict)]
-    inside.sort(key=lambda kv: ("ema" not in kv[0], kv[0] not in ("state_dict", "model")))
-    for where, state in [*inside, ("", outer)]:
-        # module.x_embedder.proj.weight: what is before the name is a wrapper's; ema_model. goes before model.
-        found = [k.removesuffix(last) for k in state if isinstance(k, str)
-                 for last in ("x_embedder.proj.weight", "unet.out_gain") if k == last or k.endswith("." + last)]
-        if found:
-            prefix = min(found, key=lambda prefix: ("ema" not in prefix, len(prefix)))
-            if where and "ema" not in where + prefix and any("ema" in str(k) for k in outer):
-                note(f"{path} has averaged weights in a form unknown here; those of {where!r} are used")
-            weights = {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
-            weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}     # of REPA's training
-            return dict(outer if where else {}, ema=weights)
-    fail(f"{path} is no SiT or EDM2 of this version: needed is a dict of their tensors, flat or under 'ema'", code=1)
+    pickled = path.lower().endswith(".pkl")
+    parts = read_pickle(path) if pickled else read_checkpoint(path)
+    with reading(path, "holds no EDM2 network" if pickled else "is no SiT or EDM2 of this version"):
+        if pickled:
+            parts["init_kwargs"] = parts["ema"]["state"]["_init_kwargs"]
+        # Whatever is before the network's own names is a wrapper's: {model, ema}, {state_dict}, {ema: {module}}.
+        flat = tensors_in(parts, 20 if pickled else 2) if isinstance(parts, dict) else {}
+        flat = {re.sub(r"\b(state|_modules|_parameters|_buffers)\.", "", k): x for k, x in flat.items()}
+        prefixes = [k.removesuffix(own) for k in flat for own in ("x_embedder.proj.weight", "unet.out_gain")
+                    if k == own or k.endswith("." + own)]
+        if not prefixes:
+            raise ValueError("needed is a dict of their tensors")
+    averaged = lambda name: re.search(r"(^|[._])ema", str(name)) is not None
+    prefix = min(prefixes, key=lambda prefix: (not averaged(prefix), len(prefix)))
+    if not averaged(prefix) and any(map(averaged, parts)):
+        note(f"{path} has averaged weights in a form unknown here; those of {prefix.rstrip('.')!r} are used")
+    own = [k for k in flat if k.startswith(prefix) and not k.startswith(prefix + "projectors.")]     # REPA trains those
+    return dict(parts, ema={k.removeprefix(prefix): flat[k] for k in own})
 
 
 def load(path="", device="cpu", heads=0, classes=0):
     """
-    A model in eval mode from '' (the tiny base), the name of a file in assets/, an official SiT .pt or EDM2 .pkl, one
-    of ours, or a .safetensors: .family, .shape (C, H, W), .num_classes, .null, .classes. heads and classes of a SiT:
-    what its file does not tell, or tells wrongly; 0: as the file says, else the official heads, and a null class.
-    Exit code 2 if there is no such file, 1 if it is no network of these.
+    A model in eval mode from '' (the tiny base), a name in assets/, an official SiT .pt or EDM2 .pkl, one of ours, or a
+    .safetensors: .family, .shape (C, H, W), .num_classes, .null (num_classes is the null label), .classes (names).
+    heads, classes: what a SiT's file does not tell, or wrongly. Exit code 2 if there is no file, 1 if it is no network.
     """
     parts = stored_parts(path)
-    state = parts["ema"]
-    try:
+    state, sizes = parts["ema"], parts.get("init_kwargs")
+    with reading(path, "is no SiT or EDM2 of this version"):
+        if sizes and sizes.get("num_blocks", 3) > len(state):
+            raise ValueError(f"num_blocks {sizes['num_blocks']} for {len(state)} tensors")
         with torch.device("meta"):          # no memory until all shapes are known to fit
-            model = edm2_like(parts) if "init_kwargs" in parts else sit_like(parts, heads, classes)
+            model = EDM2(**sizes) if sizes else sit_like(parts, heads, classes)
         model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
         broken = [k for k, v in state.items() if not v.isfinite().all()]
         if broken:
             raise ValueError(f"NaN or infinite values in {broken[0]}")
         model.classes = [str(k) for k in parts.get("classes") or []]
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
-        reason = f"it has no {e}" if isinstance(e, KeyError) else one_line(e)
-        fail(f"{path} is no SiT or EDM2 of this version: {reason}", code=1)
     return model.to(device).eval()
 
 
@@ -646,11 +558,9 @@ def sit_like(parts, heads, classes):
     side = math.isqrt(state["pos_embed"].shape[1]) * patch
     learn_sigma = state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * C
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    heads = heads or parts.get("heads") or {w: h for _, w, h in SIT_SIZES.values()}.get(width)
-    if heads is None:
-        raise ValueError(f"its width, {width}, is none of the official ones, and nothing tells the heads; add --heads")
+    heads = heads or parts.get("heads") or {w: h for _, w, h in SIT_SIZES.values()}.get(width, 0)
     if heads < 1 or width % heads:
-        raise ValueError(f"{heads} heads for width {width}")
+        raise ValueError(f"{heads or 'nothing tells the'} heads for width {width}; add --heads")
     labels = state["y_embedder.embedding_table.weight"].shape[0]
     told = int(classes or args.get("num_classes") or parts.get("num_classes") or max(1, labels - 1))
     if told not in (labels, labels - 1) and (classes or labels > 1):
@@ -658,14 +568,6 @@ def sit_like(parts, heads, classes):
                          f"--classes {labels - 1}, or {labels} if there is no null class")
     told = min(told, labels)                            # of a single label the args of an official file still say 1000
     return SiT(depth, width, heads, (C, side, side), patch, told, learn_sigma, null=told < labels)
-
-
-def edm2_like(parts):
-    """An EDM2 of the arguments in its file, but those of training (dropout) and of GPUs (use_fp16)."""
-    sizes = {k: v for k, v in parts["init_kwargs"].items() if k not in ("dropout", "use_fp16")}
-    if sizes.get("num_blocks", 3) > len(parts["ema"]):
-        raise ValueError(f"num_blocks {sizes['num_blocks']} for {len(parts['ema'])} tensors")
-    return EDM2(**sizes)
 
 
 def writable(path):
@@ -680,10 +582,7 @@ def writable(path):
 
 @contextmanager
 def whole(path, previous=""):
-    """
-    A binary file that becomes `path` when all of it is on the disk: an interrupted write leaves the old file whole, and
-    a full disk ends the script with one line. With `previous` the old file is kept under that name.
-    """
+    """A binary file that becomes `path` when all of it is on the disk; the old one becomes `previous`, or goes."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(path + ".part", "wb") as f:
@@ -700,31 +599,20 @@ def whole(path, previous=""):
             os.remove(path + ".part")
 
 
-def write(path, parts, previous=""):
-    """torch.save, by whole()."""
-    with whole(path, previous) as f:
-        torch.save(parts, f)
-
-
 def save(path, model, dtype=None, **extra):
-    """
-    Write a checkpoint that load() reads, and SiT's own code (under 'ema'). dtype torch.float16 halves it, but for the
-    buffers, which are the frequencies of EDM2's embedding.
-    """
+    """Write what load() and SiT's own code (under 'ema') read; dtype torch.float16 halves all but the buffers."""
     params = dict(model.named_parameters())
     state = {k: v.to(dtype if dtype and k in params else v.dtype) for k, v in model.state_dict().items()}
     sizes = dict(init_kwargs=model.init_kwargs) if model.family == "edm2" else dict(
         heads=model.blocks[0].attn.heads, num_classes=model.num_classes)
-    write(path, dict(ema=state, classes=model.classes, **sizes, **extra))
+    with whole(path) as f:
+        torch.save(dict(ema=state, classes=model.classes, **sizes, **extra), f)
 
 
 # ---- What every script shares: command line, process group, printing ------------------------------------------------
 
 def fail(message, code=2):
-    """
-    End the script with one line on stderr. Code 2: a mistake on the command line, which each node names once; 1: data
-    are at fault.
-    """
+    """End the script with one line on stderr. Code 2: the command line is wrong, said once a node; 1: data are."""
     if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         message = "".join(c if c.isprintable() else "?" for c in message)
         tqdm.write(f"error: {message}", file=sys.stderr)        # above a progress bar, not behind it
@@ -733,55 +621,36 @@ def fail(message, code=2):
 
 class Config(dict):
     """Options by name, config.lr, of which config.given were named on the command line."""
-    given = ()
-
     def __getattr__(self, name):
         if name not in self:
             raise AttributeError(name)
         return self[name]
 
 
-def constants(namespace):
-    """[(name, default, note)]: the lines `name = value # note` between the first two rule lines of a script."""
+def configure(namespace, argv):
+    """The Config of a script: lines `name = value # note` between its first two rule lines, and the command line."""
     with open(namespace["__file__"], encoding="utf-8") as f:
         block = re.split(r"^# -{70,}$", f.read(), flags=re.M)[1]
-    rows = re.findall(r"^(\w+) = .*?(?:  ?# (.*))?$", block, flags=re.M)
-    return [(name, namespace[name], note) for name, note in rows]
-
-
-def configure(namespace, argv):
-    """
-    The Config of a script: its constants, overridden by the command line: --key=value, --key value, --flag,
-    --list a b c or --list=a,b,c. An unknown key, a wrong type or a stray word ends the script with exit code 2.
-    """
-    rows = constants(namespace)
-    if {"--help", "-h"} & set(argv):
-        width = max(len(f"{name}={default}") for name, default, _ in rows)
-        print(namespace["__doc__"].strip() + "\n")
-        print("\n".join(f"  --{f'{name}={default}':{width}}  {note}" for name, default, note in rows))
-        raise SystemExit(0)
+    notes = dict(re.findall(r"^(\w+) = .*?(?:  ?# (.*))?$", block, flags=re.M))
+    defaults = {name: namespace[name] for name in notes}
     # expanduser: the shell leaves the ~ of --real=~/images as it is
+    truth = {"true": True, "1": True, "false": False, "0": False}
     kinds = {int: dict(type=int), float: dict(type=float), str: dict(type=os.path.expanduser), list: dict(nargs="*"),
-             bool: dict(type=str.lower, choices=("true", "false", "1", "0"), nargs="?", const="true")}
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: fail(message.removeprefix("argument "))              # one line, without the usage
-    for name, default, _ in rows:
-        parser.add_argument(f"--{name}", **kinds[type(default)])
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(word.lstrip("-"), [name for name, _, _ in rows], 1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
-        fail(f"{word!r} is not an option of {os.path.basename(namespace['__file__'])}; {hint}")
-    given = vars(found)
-    for name, default, _ in rows:
-        if name in given and isinstance(default, bool):
-            given[name] = given[name] in ("true", "1")
-        if name in given and isinstance(default, list):
-            given[name] = [os.path.expanduser(part) for word in given[name] for part in word.split(",") if part]
-        if name in given and isinstance(default, float) and not math.isfinite(given[name]):
-            fail(f"{name} {given[name]}: needed is a finite number")
-    config = Config({name: default for name, default, _ in rows} | given)
+             bool: dict(type=lambda word: truth.get(word.lower(), word), choices=(True, False), nargs="?", const=True)}
+    parser = argparse.ArgumentParser(description=namespace["__doc__"], argument_default=argparse.SUPPRESS,
+                                     usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message.removeprefix('argument ')}; --help lists the options")
+    for name, default in defaults.items():
+        told = f"{notes[name]} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=told, **kinds[type(default)])
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):         # --name a b c, or --name=a,b,c
+            given[name] = [os.path.expanduser(part) for word in value for part in word.split(",") if part]
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{name} {value}: needed is a finite number")
+    config = Config(defaults | given)
     config.given = set(given)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and "resume" in config:
         config["resume"] = True             # torchrun --max_restarts resumes by itself
@@ -806,54 +675,32 @@ def listed(names):
     return ", ".join(map(str, names if len(names) <= 12 else [*names[:10], "..", names[-1]]))
 
 
-def holds_run(folder, precious, used=()):
-    """
-    Whether the folder of a run that is about to start holds one of the `precious` files of a run before, with a line
-    that says what will happen to them. Exit code 2 if one of the files `used` by the new run would be lost.
-    """
-    found = [name for name in precious if os.path.exists(os.path.join(folder, name))]
-    if not found:
-        return False
-    before = os.path.join(folder, "previous")
-    for path in used:
-        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(before):
-            fail(f"{path} is in {before}, whose files this run replaces; copy it elsewhere, or name another --out")
-    print0(f"{os.path.join(folder, found[0])} is of a run before: as this one starts, its files move to {before}, in "
-           "place of what is there")
-    return True
+def newest_run(folder):
+    """The highest N of the folders run-N into which move_aside() has moved runs; 0 if there is none."""
+    return max((int(name[4:]) for name in os.listdir(folder or ".") if re.fullmatch(r"run-\d+", name)), default=0)
 
 
 def move_aside(folder, names):
-    """Files `names` of the run before go to folder/previous, one generation. Rank 0 moves, the others wait."""
-    before = os.path.join(folder, "previous")
-    if dist.get_rank() == 0:
-        try:
-            os.makedirs(before, exist_ok=True)
-            for name in names:
-                old, new = os.path.join(before, name), os.path.join(folder, name)
-                if os.path.isdir(old):
-                    shutil.rmtree(old)
-                elif os.path.exists(old):
-                    os.remove(old)
-                if os.path.exists(new):
-                    os.replace(new, old)
-        except OSError as e:
-            fail(f"cannot move the run in {folder} to {before} ({e.strerror}); name another --out")
+    """Before a new run writes in a folder: the files `names` (globs) of a run before move to a new run-N, by rank 0."""
+    found = [path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))]
+    if found and dist.get_rank() == 0:
+        aside = os.path.join(folder, f"run-{newest_run(folder) + 1}")
+        os.mkdir(aside)
+        for path in found:
+            os.replace(path, os.path.join(aside, os.path.basename(path)))
+        print0(f"{folder or '.'} held a run before, now in {aside}")
     dist.barrier()
 
 
-def of_the_run_before(path, folder):
-    """Where move_aside() has put a file of the folder; any other path as it is."""
-    moved = os.path.join(folder, "previous", os.path.basename(path))
+def moved(path, folder):
+    """Where a file of the folder is now: in the newest run-N, if move_aside() has put it there, else where it was."""
+    aside = os.path.join(folder, f"run-{newest_run(folder)}", os.path.basename(path))
     inside = os.path.abspath(os.path.dirname(path)) == os.path.abspath(folder)
-    return moved if inside and os.path.isfile(moved) else path
+    return aside if inside and os.path.isfile(aside) else path
 
 
 class Stop:
-    """
-    SIGTERM and SIGINT end the script with one line and exit code 128 + number; while it is .patient, the first only
-    leaves its .number, so that a loop can end where everything is whole. So does a lack of memory, with code 1.
-    """
+    """Signals and a lack of memory end the script with one line; while .patient, the first only sets .number."""
     def __init__(self, then="", smaller="--batch_size"):
         self.number, self.patient, self.then, self.smaller = 0, False, then, smaller
 
@@ -876,19 +723,17 @@ class Stop:
 def setup():
     """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:            # a restart must not find the addresses of those who died
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
             store = dist.PrefixStore("restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
         atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def gather(x, total):
@@ -913,11 +758,3 @@ def print0(text):
 def note(text):
     """Print a note on rank 0, once, however often it comes up."""
     print0(f"note: {text}")
-
-
-def peak_memory():
-    """The most memory this process has held, in GB (on a GPU the card's); nan where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    scale = 2**30 if sys.platform == "darwin" else 2**20                # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale if resource else math.nan

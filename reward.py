@@ -82,14 +82,6 @@ class Moments:
         self.outer = rho * self.outer
         return self
 
-    def replace(self, removed, new):
-        """New Moments, without rows removed (n, d) and with rows new (m, d), all of weight 1. These do not change."""
-        return copy.deepcopy(self).add(removed, -1).add(new)
-
-    @property
-    def effective(self):                    # the number of equally weighted images that would be as good
-        return self.weight**2 / self.squares
-
     def gaussian(self):
         """mu (d,), cov (d, d): the unbiased covariance, whose denominator is N - 1 when all weights are 1."""
         mu = self.sum / self.weight
@@ -152,24 +144,20 @@ class Spectrum:
         self.root_trace = self.vals.sqrt().sum()
         self.fd = (self.shift.square().sum() + self.trace + real_root.square().sum() - 2 * self.root_trace).item()
 
-    def influence(self, features):          # see the function of this name
+    def influence(self, features):
+        """
+        First variation of FD(., real), per image: the derivative of FD when a little weight moves from the set to that
+        image. Features (n, d) => psi (n,) float64, in units of FD; negative is good, and the mean over the set is about
+        0. With m = real_mu and T = L U w^(-1/2) U^T L^T, the optimal transport from (mu, cov) to the real Gaussian,
+        psi(f) = (f-mu)^T (I-T) (f-mu) + 2 (mu-m)^T (f-mu) - tr((I-T) cov). Raises ValueError if cov is singular (fewer
+        images than dimensions): psi is not finite then.
+        """
         if self.singular:
             raise ValueError("the generated covariance is singular, so no image has a first variation: "
                              "the set needs more images than features have dimensions, better five times as many")
         f = features - self.mu
         transported = (f @ self.axes).square() @ self.vals.rsqrt()          # f^T T f
         return f.square().sum(1) - transported + 2 * f @ self.shift - self.trace + self.root_trace
-
-
-def influence(features, mu, cov, real_mu, real_root):
-    """
-    First variation of FD(., real) at the Gaussian (mu, cov), per image: the derivative of FD when a little weight moves
-    from the set to that image. Features (n, d), real_root of covariance_root => psi (n,) float64, in units of FD;
-    negative is good, and the mean over the set is about 0. With m = real_mu and T = L U w^(-1/2) U^T L^T, the optimal
-    transport from (mu, cov) to the real Gaussian, psi(f) = (f-mu)^T (I-T) (f-mu) + 2 (mu-m)^T (f-mu) - tr((I-T) cov).
-    Raises ValueError if cov is singular (fewer images than dimensions): psi is not finite then.
-    """
-    return Spectrum(mu, cov, real_mu, real_root).influence(features)
 
 
 def standard_error(psi, labels=None):
@@ -202,8 +190,8 @@ def standard_error(psi, labels=None):
 
 def quadrature(low, high, curvature, allowed):
     """
-    Poles t, c (nodes,) for a spectrum in [low, high], and proven errors (K,) of changes of these curvatures (K,): 10 to
-    60 nodes, as many as the allowed errors (K,) need. Hale, Higham and Trefethen 2008, method 3.
+    Poles t, c (nodes,) for a spectrum in [low, high], 10 to 60 as the allowed errors (K,) need, and bounds (K,) of the
+    errors of changes of these curvatures (K,), by the ripple at 400 points. Hale, Higham, Trefethen 2008, method 3.
     """
     x, K = np.geomspace(low, high, 400), ellipkm1(low / high)
     for nodes in range(10, 61, 2):
@@ -239,7 +227,7 @@ def higher_orders(vals, rows, signs, shared, t, c):
 
 
 def by_determinants(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
-    """See root_trace_change; None where the error is not proven to be small."""
+    """See root_trace_change; None where the error's bound is too large."""
     if vals[0] <= RANK_FLOOR * vals[-1]:    # M is singular
         return None
     signs = torch.where(torch.arange(rows.shape[1]) < added, 1.0, -1.0).to(vals)
@@ -268,8 +256,8 @@ def by_eigenvalues(vals, rows, added):      # see root_trace_change
 def root_trace_change(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
     """
     tr (M + E)^(1/2) - tr M^(1/2) (K,), M = diag(vals), for candidates with rows Y (K, m, r): the first `added` come,
-    the others go, the last `shared` are the same for all. By determinants where they are faster and their error is
-    proven to be small, else by all eigenvalues.
+    the others go, the last `shared` are the same for all. By determinants where they are faster and the bound of their
+    error is small, else by all eigenvalues.
     """
     m, r = rows.shape[1:]
     change = by_determinants(vals, rows, added, shared, tolerance) if m <= r // 2 + 1 else None
@@ -316,7 +304,7 @@ class Stream:
         self.set(self.moments.fade(self.memory).add(features))
 
     def influence(self, features):
-        """First variation psi (n,) of FD for images with features (n, d), see influence(). Negative is good."""
+        """First variation psi (n,) of FD for images with features (n, d), see Spectrum. Negative is good."""
         check_features(features, 2, len(self.real_mu))
         return self.spectrum.influence(features)
 
@@ -382,7 +370,7 @@ class ReferenceSet(Stream):
         """Commit a swap: members slots (n,) become features (n, d)."""
         check_swap(slots, features, *self.features.shape)
         features = features.to(self.features)                   # what is stored, perhaps in float32, is what counts
-        self.set(self.moments.replace(self.features[slots], features))
+        self.set(copy.deepcopy(self.moments).add(self.features[slots], -1).add(features))
         self.features[slots] = features
 
     def push(self, features):
@@ -410,6 +398,10 @@ def kernel_sums(f, others):
     return torch.cat([(rows.double() @ scaled + 1).pow(3).sum(1) for rows in f.split(1000)])
 
 
+def own_kernel(f):                          # of each image with itself (n,)
+    return (f.double().square().mean(1) + 1).pow(3)
+
+
 class KernelSet:
     """
     KID, the unbiased MMD^2 of Binkowski et al. 2018, between a generated set, features (N, d), and real images,
@@ -418,17 +410,19 @@ class KernelSet:
     def __init__(self, features, real_features):
         for f in (features, real_features):
             check_features(f, 2, features.shape[1], least=2)
-        self.features = features.clone()
-        self.oldest = 0
         self.real = real_features.double()
+        self.oldest = 0
+        within = kernel_sums(self.real, self.real).sum() - own_kernel(self.real).sum()
+        self.real_term = within / (len(self.real) * (len(self.real) - 1))
+        self.set(features.clone())
+
+    def set(self, features):
+        self.features = features
         self.totals = self.sums(features).sum(0)
-        diagonal, _, within = self.sums(self.real).sum(0)
-        self.real_term = (within - diagonal) / (len(self.real) * (len(self.real) - 1))
 
     def sums(self, f):
         """The kernel of images (n, d) with themselves, summed over the set, summed over the real images: (n, 3)."""
-        itself = (f.double().square().mean(1) + 1).pow(3)
-        return torch.stack([itself, kernel_sums(f, self.features), kernel_sums(f, self.real)], dim=1)
+        return torch.stack([own_kernel(f), kernel_sums(f, self.features), kernel_sums(f, self.real)], dim=1)
 
     def distance(self, totals, num):
         """KID of num images from the three sums over all of them, totals (.., 3) => (..)."""
@@ -445,13 +439,6 @@ class KernelSet:
         _, with_set, with_real = (self.sums(features) - self.totals / len(self.features)).unbind(1)
         return 2 * (with_set / len(self.features) - with_real / len(self.real))
 
-    def totals_after(self, removed, new):
-        """The totals (3,) without removed (n, d) and with new (m, d)."""
-        itself, with_set, with_real = self.sums(new).sum(0) - self.sums(removed).sum(0)
-        between = kernel_sums(new, new).sum() - 2 * kernel_sums(new, removed).sum()
-        between = between + kernel_sums(removed, removed).sum()
-        return self.totals + torch.stack([itself, 2 * with_set + between, with_real])
-
     def leave_one_out(self, members):
         itself, with_set, with_real = self.sums(members).unbind(1)
         share = torch.stack([itself, 2 * with_set - itself, with_real], dim=1)
@@ -459,22 +446,22 @@ class KernelSet:
 
     def swap_gain(self, slots, new):
         check_swap(slots, new, *self.features.shape)
-        removed = self.features[slots].expand(new.shape)
-        after = [self.totals_after(*pair) for pair in zip(removed, new)]
-        return self.fd - self.distance(torch.stack(after), len(self.features))
+        gains = []
+        for places, f in zip(slots.expand(new.shape[:2]), new):
+            changed = copy.copy(self)
+            changed.set(self.features.index_copy(0, places, f.to(self.features)))
+            gains.append(self.fd - changed.fd)
+        return torch.tensor(gains, dtype=torch.float64, device=new.device)
 
     def replace(self, slots, features):
         check_swap(slots, features, *self.features.shape)
-        features = features.to(self.features)
-        self.totals = self.totals_after(self.features[slots], features)
-        self.features[slots] = features
+        self.set(self.features.index_copy(0, slots.to(features.device), features.to(self.features)))
 
     push = ReferenceSet.push                # the same queue
 
     def state_dict(self):
-        return dict(features=self.features, oldest=self.oldest, totals=self.totals)
+        return dict(features=self.features, oldest=self.oldest)
 
     def load_state_dict(self, state):
-        self.features = state["features"].to(self.features).clone()
         self.oldest = state["oldest"]
-        self.totals = state["totals"].to(self.totals)
+        self.set(state["features"].to(self.features))

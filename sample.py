@@ -66,8 +66,8 @@ SIGMA_MEAN, SIGMA_STD = -0.4, 1.2       # of ln sigma in EDM2's training
 
 class Schedule(NamedTuple):
     """
-    One row per step, from time t[k] to end[k]: x becomes N(a[k] x + c[k] v, std[k]^2). Each (K,) float32; std 0: no
-    noise. Before the network sees x, EDM2's churn adds noise of std kick[k].
+    Per step, from time t[k] to end[k]: EDM2's churn adds noise of std kick[k], then x becomes N(a[k] x + c[k] v,
+    std[k]^2), without noise if std is 0. Each (K,) float32.
     """
     sampler: str
     t: torch.Tensor
@@ -86,7 +86,7 @@ class Schedule(NamedTuple):
         return self.c**2 / (2 * self.std**2)
 
 
-def schedule(sampler, steps, noise=None, last=0.0, sigmas=None, churn=(0.0, 0.0, math.inf, 1.0)):
+def schedule(sampler, steps, noise=None, sigmas=None, last=0.0, churn=(0.0, 0.0, math.inf, 1.0)):
     """
     The table of a sampler ('': the family's first) of SiT or, given the noise levels that it starts its last and its
     first step from, of EDM2. noise (None: the family's own): the diffusion coefficient of SiT's forms is multiplied by
@@ -98,10 +98,8 @@ def schedule(sampler, steps, noise=None, last=0.0, sigmas=None, churn=(0.0, 0.0,
     noise = NOISE[family] if noise is None else noise
     if sampler not in SAMPLERS[family]:
         fail(f"unknown sampler {sampler!r}, no sampler of this network; choose one of {', '.join(SAMPLERS[family])}")
-    if steps < 2:
-        fail(f"steps {steps}: needed are at least 2")
-    if noise < 0:
-        fail(f"noise {noise} must not be negative")
+    if steps < 2 or noise < 0:
+        fail(f"steps {steps}, noise {noise}: needed are at least 2 steps, and noise that is not negative")
     rows = edm2_rows(sampler, steps, noise, sigmas, churn) if sigmas else sit_rows(sampler, steps, noise, last)
     return Schedule(sampler, *torch.tensor(rows, dtype=torch.float32).T)
 
@@ -212,7 +210,7 @@ class Guided(nn.Module):
 
 
 def load_guided(c, device):
-    """The network of --ckpt, with its --vae, under the guidance of --cfg and --guide."""
+    """The network of --ckpt, with its --vae, under the guidance of --cfg and --guide; fills in c.noise."""
     if c.guide and c.cfg == 1.0:
         fail("--guide needs the scale of guidance as well, for example --cfg=1.4; 1 is none")
     model, guide = attach_vae(load(c.ckpt, device, c.heads, c.classes), c.vae), None
@@ -224,6 +222,7 @@ def load_guided(c, device):
                  f"needed are {model.family}, {model.shape} and {model.num_classes}, or none", code=1)
     elif c.cfg != 1.0 and not model.null:
         fail(f"--cfg={c.cfg}: the model has no null class to guide with; leave it out, or name a network by --guide")
+    c["noise"] = NOISE[model.family] if c.noise == -1 else c.noise
     return Guided(model, c.cfg, guide, c.get("bf16", False))
 
 
@@ -278,8 +277,7 @@ def decode(model, x, quantize=True):
 
 
 @torch.no_grad()
-def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_size=250, noise=None,
-             decoded=True):
+def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_size=250, noise=None, decoded=True):
     """
     Yields uint8 batches (b, 3, H, W), one image per seed. labels (N,) int64; None: 0, 1, .. in turn. sampler, noise: as
     in schedule; decoded False: what decode() takes, not uint8. An image depends on its seed and label, up to float
@@ -288,7 +286,7 @@ def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_siz
     model = model if cfg == 1.0 else Guided(model, cfg)
     device = next(model.parameters()).device
     labels = torch.arange(len(seeds)) % model.num_classes if labels is None else labels
-    plan = schedule(sampler, steps, noise, 0.0, model.sigmas)
+    plan = schedule(sampler, steps, noise, model.sigmas)
     for i in range(0, len(seeds), batch_size):
         for x, _ in trajectory(model, seeds[i:i + batch_size], labels[i:i + batch_size].to(device), plan):
             pass
@@ -345,8 +343,7 @@ def main(argv=None):
     with Stop():
         rank, world, device = setup()
         model = load_guided(c, device)
-        noise = NOISE[model.family] if c.noise == -1 else c.noise
-        plan = schedule(c.sampler, c.steps, noise, 0.0, model.sigmas)
+        plan = schedule(c.sampler, c.steps, c.noise, model.sigmas)
         if c.num < world or c.batch_size < 1:
             fail(f"num {c.num} must be at least {world} (one per rank), batch_size {c.batch_size} at least 1")
         if not -1 <= c.label < model.num_classes:
@@ -360,7 +357,7 @@ def main(argv=None):
         indices = torch.arange(c.num)[rank::world]
         labels = indices % model.num_classes if c.label < 0 else torch.full_like(indices, c.label)
         seeds = image_seeds(c.seed, "select", indices)
-        batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, noise)
+        batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, c.noise)
         images = gather(torch.cat(list(watched(batches, -(-len(indices) // c.batch_size)))), c.num)
         seconds = time.time() - began
         if rank == 0:
@@ -369,7 +366,7 @@ def main(argv=None):
                 with whole(c.npz) as f:
                     np.savez(f, arr_0=images.permute(0, 2, 3, 1).cpu().numpy())
         what = "images" if c.label < 0 else f"images of class {model.classes[c.label] if model.classes else c.label}"
-        print0(f"{c.num} {what} ({in_words(plan, noise)}, seed {c.seed}) in {seconds:.1f} s, "
+        print0(f"{c.num} {what} ({in_words(plan, c.noise)}, seed {c.seed}) in {seconds:.1f} s, "
                f"{c.num / seconds:.3g} images/s; {grid}" + (f" and {c.npz}" if c.npz else ""))
 
 

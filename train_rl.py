@@ -6,20 +6,18 @@ property of the whole set: by how much does the Frechet distance (FD) of a set o
 it is replaced by new ones ("Optimizing Visual Generative Models via Distribution-wise Rewards", arXiv 2607.02291)? With
 --subset=1, the default, each image is its own subset: how much larger were FD without it (LOO-FID, arXiv 2603.23086)?
 
-Left out on purpose: a value network (the mean of equal labels is the baseline), a KL term in the loss (one update per
-rollout; its path KL is exact, printed and bounded).
+Left out on purpose: a value network (the mean of equal labels is the baseline), a KL term in the loss (the path KL of
+an update is measured and bounded).
 
 python train_rl.py                                              # a tiny SiT that draws too much blue, three minutes
 python train_rl.py --objective=forward --samplers flow euler    # re-noised images instead: any sampler, ODEs too
 python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after lab/pretrain.py --real FOLDER
-torchrun --nproc_per_node=8 train_rl.py --preset=paper --ckpt SiT-XL-2-256.pt --vae vae.safetensors --real stats.npz
+torchrun --nproc_per_node=8 -- train_rl.py --preset=paper --ckpt SiT-XL-2-256.pt --vae vae.safetensors --real stats.npz
 """
 import copy
 import json
 import math
 import os
-import re
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -30,12 +28,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import Nets, compare, public, reward_networks, table_of
-from models import (Recomputed, Stop, configure, fail, gather, holds_run, move_aside, normalize_filters, note,
-                    of_the_run_before, peak_memory, print0, save, setup, take_preset, whole, writable, write)
+from fid import compare, public, reward_networks, table_of
+from models import (Recomputed, Stop, configure, fail, gather, move_aside, moved, normalize_filters,
+                    print0, save, setup, take_preset, whole, writable)
 from reward import KernelSet, ReferenceSet, Stream, long_enough
-from sample import (NOISE, Schedule, decode, gaussian_step, image_seeds, load_guided, log_prob, renoise, save_curves,
-                    save_grid, schedule, trajectory)
+from sample import (Schedule, decode, gaussian_step, generate, image_seeds, load_guided, log_prob, renoise,
+                    save_curves, save_grid, schedule, trajectory)
 
 # -----------------------------------------------------------------------------
 # files
@@ -43,7 +41,7 @@ ckpt = "sit-tiny-skewed" # model to fine-tune: .pt, .pkl or .safetensors, or the
 vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-VAE
 real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
 out = "out/train_rl" # folder for ckpt.pt, result.json, log.jsonl, before.png, after.png, curve.png
-preset = "" # paper (SiT-XL/2), large: options for full-size models, printed as the flags they stand for
+preset = "" # options for full-size models, printed as flags: paper (SiT-XL/2), large (not yet run on real weights)
 seed = 0 # of rollouts; evaluation has noise of its own
 resume = False # continue the run in OUT; torchrun's restarts do so by themselves
 save_every = 10 # iterations between two states to resume from
@@ -53,13 +51,13 @@ classes = 0 # classes of a SiT; 0: as its file says, else all rows of its table 
 # rollouts
 iters = 100 # rollouts, each with `epochs` updates
 batch = 480 # images per rollout, over all ranks
-samplers = [] # of the rollouts, in turn, see sample.py; flow-30 has 30 steps; empty: flow for SiT, ancestral for EDM2
-steps = 10 # of a sampler without a number of its own
+samplers = [] # of the rollouts, in turn, see sample.py; empty: flow for SiT, ancestral for EDM2
+steps = 10 # of the samplers
 noise = -1.0 # noise level of the SDE; -1: 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # guidance scale; 1: none
 guide = "" # autoguidance: a weaker network in place of the null class
 batch_size = 250 # images in one pass, per rank
-bf16 = False # the network of rollouts and updates in bfloat16, all else in float32
+bf16 = False # the network of rollouts, updates and evaluation in bfloat16, all else in float32
 # reward
 reward = "fd" # fd; kid; sample: the contrast, log-density of each image's features under the real Gaussian
 features = [] # feature networks of the reward; empty: tiny for images of 16 px, else inception
@@ -71,11 +69,12 @@ advantage = "reward" # reward; controls: shuffled, constant (-1)
 top = 1.0 # train on this share of the images (or subsets) only, those of the largest advantages
 # objective and update
 objective = "ppo" # ppo: policy gradient; forward: re-noised images; pathwise: through features and sampler (FD-loss)
-times = 4 # ppo: random noisy steps trained per image, 0: all; forward: random times each image is re-noised to
+times = 2 # ppo: random noisy steps trained per image, 0: all; forward: random times each image is re-noised to
+noisiest = 0.5 # train on this share of the steps (ppo) or times (forward), those nearest to pure noise; 1: all
 epochs = 1 # updates per rollout
 clip = 0.2 # ppo: of the log-ratio, in nats; acts only if epochs > 1
 horizon = 3 # pathwise: last steps of the sampler that the gradient passes
-lr = 0.0 # Adam; 0: 1.5e-4 for SiT, 1e-3 for EDM2
+lr = 0.0 # Adam; 0: 1e-4 for SiT, 1e-3 for EDM2
 beta1 = 0.5 # Adam's momentum
 beta2 = 0.99 # Adam's mean of squares
 cosine = True # lr falls to 0 over the run; --cosine=false: it stays
@@ -83,7 +82,6 @@ kl_limit = 0.2 # trust region, nats per iteration and image: a longer update is 
 anchor = 0.01 # after each update the weights move this fraction of the way back to the base (scaled by lr / its start)
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
-checkpointing = False # recompute activations in the backward pass: a fraction of their memory, 30 to 50 % slower
 # evaluation
 judges = [] # feature nets of the table, the first held out; empty: tiny2, tiny, factors at 16 px, else inception
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
@@ -91,35 +89,37 @@ stream = "report" # which noise and real images evaluate: report, or select to c
 # -----------------------------------------------------------------------------
 
 # Defaults that depend on the model's family. EDM2 needs ten times the rate: its stored weights are ten times larger.
-FAMILIES = {"sit": dict(sampler="flow", ode="euler", lr=1.5e-4), "edm2": dict(sampler="ancestral", ode="heun", lr=1e-3)}
+FAMILIES = {"sit": dict(sampler="flow", ode="euler", lr=1e-4), "edm2": dict(sampler="ancestral", ode="heun", lr=1e-3)}
 
 # The paper's settings for SiT-XL/2 (16 subsets in a rollout are our choice), and what we would run there instead, which
 # has not been run on real weights yet.
+FULL_SIZE = dict(batch=800, noise=1.0, steps=50, lr=1e-5, beta1=0.9, beta2=0.999, iters=450, keep=50, micro_batch=16,
+                 batch_size=50)
 PRESETS = {
-    "paper": dict(subset=50, reference=5000, refresh=10, batch=800, top=0.25, samplers=["sigma"], noise=1.0, steps=50,
-                  times=0, lr=1e-5, beta1=0.9, beta2=0.999, cosine=False, kl_limit=0.0, anchor=0.0, ema=0.0, iters=450,
-                  keep=50, micro_batch=16, batch_size=50),
-    "large": dict(objective="forward", reference=10000, batch=800, samplers=["sigma", "euler"], noise=1.0, steps=50,
-                  times=2, lr=1e-5, beta1=0.9, beta2=0.999, iters=450, keep=50, micro_batch=16, batch_size=50),
+    "paper": dict(FULL_SIZE, subset=50, reference=5000, refresh=10, top=0.25, samplers=["sigma"], times=0,
+                  noisiest=1.0, cosine=False, kl_limit=0.0, anchor=0.0, ema=0.0),
+    "large": dict(FULL_SIZE, objective="forward", reference=10000, samplers=["sigma", "euler"]),
 }
 
-# Options that do nothing unless ..: named in one note when they are given all the same.
-IDLE = {"clip": lambda c: c.objective != "ppo" or c.epochs == 1, "horizon": lambda c: c.objective != "pathwise",
-        "times": lambda c: c.objective == "pathwise", "top": lambda c: c.objective == "pathwise",
-        "advantage": lambda c: c.objective == "pathwise", "refresh": lambda c: c.subset == 1}
+# Options that do nothing unless ..: a note says so if they are given all the same.
+NEEDS = {"clip": ("--objective=ppo and --epochs above 1", lambda c: c.objective == "ppo" and c.epochs > 1),
+         "horizon": ("--objective=pathwise", lambda c: c.objective == "pathwise"),
+         "refresh": ("--subset above 1", lambda c: c.subset > 1),
+         **dict.fromkeys(("times", "noisiest", "top", "advantage"), (
+             "--objective=ppo or forward", lambda c: c.objective != "pathwise"))}
 
 
-class Policy(NamedTuple):
-    """One sampler of the rollouts: its steps, the images that its reward compares with, its optimizer."""
+class Learner(NamedTuple):
+    """What each sampler of the rollouts owns; the network, which is the policy, is shared by all."""
     plan: Schedule
-    nets: Nets                              # features of the reward
+    nets: object                            # features of the reward: FeatureNet, Nets ..
     reference: object                       # Stream (subset=1), ReferenceSet or KernelSet, of such features
     labels: torch.Tensor                    # (N,) of its members (subset > 1)
     optimizer: torch.optim.Adam
 
 
 class Rollout(NamedTuple):
-    """Images of one iteration; of this rank, but for the group, which is that of all images of the rollout."""
+    """This rank's images of one iteration."""
     states: torch.Tensor                    # (K + 1, n, C, H, W), from noise to clean
     outputs: torch.Tensor                   # (K, n, C, H, W): what the network said at the start of each step
     labels: torch.Tensor                    # (n,)
@@ -137,11 +137,8 @@ def run(c, stop):
     rank, world, device = setup()
     began = time.time()
     take_preset(c, PRESETS)
-    if c.preset == "large":
-        note("--preset=large has not been run on real weights yet")
     check(c, world)
-    met = not c.resume and holds_run(c.out, ("ckpt.pt", "state.pt", "state.previous.pt"), [c.ckpt, c.guide])
-    c["ckpt"] = of_the_run_before(c.ckpt, c.out) if c.resume else c.ckpt
+    c["ckpt"], c["guide"] = (moved(path, c.out) if c.resume else path for path in (c.ckpt, c.guide))
     model = load_guided(c, device)
     plans = settle(c, model)
     nets, real = reward_networks(c, model, device)
@@ -152,81 +149,74 @@ def run(c, stop):
     # Evaluate the base first: if the real data do not fit, better to know before training.
     judge = both_samplers(c, model, device) if c.num else lambda model: []
     before = judge(model)
-    if met:                                 # options and data are known to work
-        # Those of --keep, also of the run before that one, in OUT/previous: nothing of it stays there.
-        kept = {name for _, _, names in os.walk(c.out) for name in names if re.fullmatch(r"ckpt-\d+\.pt", name)}
-        move_aside(c.out, [*LEFT, *kept])
-        c["ckpt"] = of_the_run_before(c.ckpt, c.out)
+    state = read_state(c) if c.resume else None
+    if not state:                           # options and data are known to work
+        move_aside(c.out, LEFT)
+        c["ckpt"], c["guide"] = moved(c.ckpt, c.out), moved(c.guide, c.out)
     if before and rank == 0:
         save_grid(os.path.join(c.out, "before.png"), before[0]["images"])
         print0(f"base evaluated after {time.time() - began:.0f} s")
 
-    # The base, to which an anchor holds; the average, which is what counts in the end; a policy for each sampler.
+    # The base, to which an anchor holds; the average, which is what counts in the end; a learner for each sampler.
     params = [p for p in model.parameters() if p.requires_grad]
     base, average = [p.detach().clone() for p in params], copy.deepcopy(model)
     average_params = [p for p in average.parameters() if p.requires_grad]
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    state = read_state(c) if c.resume else None
-    policies, drawn = begin_policies(c, model, nets, real, plans, params, state)
-    it, drawn, skipped = restore(c, state, model, average, policies) if state else (0, drawn, 0)
-    rows, train_began = begin_log(c.out, it), time.time()
+    learners, drawn = begin_learners(c, model, nets, real, plans, params, state)
+    it, rows = 0, []                        # the next iteration, the log
+    if state:
+        it, drawn, rows = restore(c, state, model, average, learners)
+    train_began = time.time()
 
     # The first signal waits for the end of the iteration.
     stop.patient, stop.then = True, "; continue with --resume"
     with tqdm(total=c.iters, initial=it, desc="training", unit="iteration", disable=rank > 0 or None) as bar:
         while it < c.iters:
-            policy, clock = policies[c.samplers[it % len(c.samplers)]], time.time()
+            learner, clock = learners[c.samplers[it % len(c.samplers)]], time.time()
             rng = torch.Generator().manual_seed(image_seeds(c.seed, "update", [it])[0])
             turn = it // len(c.samplers)    # of this sampler
             if c.subset > 1 and c.refresh and turn and turn % c.refresh == 0:
-                policy.labels.copy_(torch.arange(len(policy.labels)) % model.num_classes)
-                policy.reference.push(draw_features(c, model, nets, policy.plan, drawn, policy.labels))
-                drawn += len(policy.labels)
+                learner.labels.copy_(torch.arange(len(learner.labels)) % model.num_classes)
+                learner.reference.push(draw_features(c, model, nets, learner.plan, drawn, learner.labels))
+                drawn += len(learner.labels)
 
             # Draw. Every rank its share: image i depends on (seed, i) and its label alone.
             labels, groups = rollout_labels(model.num_classes, c.batch, c.subset, rng)
-            mine = torch.arange(drawn, drawn + c.batch)[rank::world], labels[rank::world].to(device)
-            states, outputs = roll_out(model, *mine, policy.plan, c.seed, c.batch_size)
+            indices, own_labels = torch.arange(drawn, drawn + c.batch)[rank::world], labels[rank::world].to(device)
+            states, outputs = roll_out(model, indices, own_labels, learner.plan, c.seed, c.batch_size)
             drawn += c.batch
 
             # Reward. Every rank sees the features of all images.
             features = gather(nets(decode(model, states[-1])), c.batch)
-            row = dict(it=it, sampler=c.samplers[it % len(c.samplers)], images=drawn)
-            if features.isfinite().all():
-                reward = rewards_of(policy, features, labels, groups, c, rng)
-                advantages = advantages_of(reward, groups, c.advantage, c.top, rng).repeat_interleave(c.subset)
+            reward = rewards_of(learner, features, labels, groups, c, rng)
+            advantages = advantages_of(reward, groups, c.advantage, c.top, rng).repeat_interleave(c.subset)
 
-                # Learn.
-                rollout = Rollout(states, outputs, mine[1], advantages[rank::world].to(device))
-                row |= dict(fd=policy.reference.fd, reward=reward.mean().item(), reward_std=reward.std().item(),
-                            **learn(c, ddp, policy, rollout, it, rng))
-            good = math.isfinite(row.get("grad_norm", math.nan)) and math.isfinite(row.get("kl") or 0)
-            if good:
-                with torch.no_grad():
-                    torch._foreach_lerp_(params, base, c.anchor * row["lr"] / c.lr)
-                    torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
+            # Learn; a little back towards the base; average.
+            rollout = Rollout(states, outputs, own_labels, advantages[rank::world].to(device))
+            update = learn(c, ddp, learner, rollout, it, rng)
+            with torch.no_grad():
+                torch._foreach_lerp_(params, base, c.anchor * update["lr"] / c.lr)
+                torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
 
             # Log, save.
-            it, skipped = it + 1, 0 if good else skipped + 1
+            row = dict(it=it, sampler=c.samplers[it % len(c.samplers)], images=drawn, fd=learner.reference.fd,
+                       reward=reward.mean().item(), reward_std=reward.std().item(), **update)
             log(c, rows, row, time.time() - clock, bar)
-            if skipped == 5:
-                fail(f"5 iterations in a row had features, a gradient or a path KL that are not finite; "
-                     f"{last_state(c.out)}: resume it with a lower --lr", code=1)
+            it += 1
             stopped = torch.tensor(stop.number)
             dist.all_reduce(stopped, dist.ReduceOp.MAX)
             if stopped or it == c.iters or it % c.save_every == 0:
-                save_state(c, it, drawn, skipped, model, average, policies)
+                save_state(c, it, drawn, rows, model, average, learners)
             if c.keep and it % c.keep == 0 and rank == 0:
                 save(os.path.join(c.out, f"ckpt-{it:05d}.pt"), average.model)
             if stopped:
-                name = signal.Signals(stopped.item()).name
-                print0(f"stopped by {name} after {it} iterations; continue with --resume")
+                print0(f"stopped by signal {stopped} after {it} iterations; continue with --resume")
                 raise SystemExit(128 + stopped.item())
 
     stop.patient, train_seconds = False, time.time() - train_began
     if rank == 0:
         save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
-    print0(f"{drawn} images, {train_seconds:.0f} s of training, {peak_memory():.2f} GB")
+    print0(f"{drawn} images, {train_seconds:.0f} s of training")
     after = judge(average.eval())
     if rank == 0:
         finish(c, before, after, rows, drawn, time.time() - began, train_seconds)
@@ -241,29 +231,22 @@ def check(c, world):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
     for name, least in dict(iters=1, batch=2 * world, subset=1, reference=2 * world, times=0, epochs=1, batch_size=1,
-                            micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0).items():
+                            micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0,
+                            noisiest=0.01).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
+    for name in ("anchor", "ema", "beta1", "beta2"):
+        if not 0 <= c[name] < 1:
+            fail(f"{name} {c[name]}: needed is at least 0 and below 1")
     if c.batch % world:
         fail(f"batch {c.batch} does not divide over {world} ranks; try {max(1, c.batch // world) * world}")
     if c.batch % c.subset or c.batch == c.subset:
         fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
-    if c.subset > 1 and c.reference < c.subset:
-        fail(f"reference {c.reference} is smaller than subset {c.subset}")
-    if c.subset > 1 and (c.reward == "sample" or c.objective == "pathwise"):
-        fail(f"--{'reward=sample' if c.reward == 'sample' else 'objective=pathwise'} is of single images: --subset=1")
-    if c.objective == "pathwise" and c.reward == "sample":
-        fail("--objective=pathwise follows the gradient of FD or KID, not of --reward=sample")
-    if c.advantage == "constant" and c.objective != "forward":
-        fail("a constant advantage has no expected gradient but under --objective=forward")
-    if c.num and c.num < 2 * world:
-        fail(f"num {c.num}: needed is 0 (no evaluation) or at least {2 * world}")
-    shares = {name: c[name] for name in ("anchor", "ema", "beta1", "beta2")}
-    if not (0 < c.top <= 1 and 0 <= min(shares.values()) and max(shares.values()) < 1):
-        fail(f"top {c.top} must lie in (0, 1], {', '.join(f'{k} {v}' for k, v in shares.items())} in [0, 1)")
-    idle = [f"--{name}" for name, nothing in IDLE.items() if name in c.given and nothing(c)]
-    if idle:
-        print0(f"note: {' '.join(idle)} does nothing under --objective={c.objective} --subset={c.subset}")
+    if (c.subset > 1) + (c.reward == "sample") + (c.objective == "pathwise") > 1:
+        fail("a subset above 1, --reward=sample and --objective=pathwise exclude each other; name one of them")
+    for name, (needed, met) in NEEDS.items():
+        if name in c.given and not met(c):
+            print0(f"note: --{name} does nothing without {needed}")
     writable(os.path.join(c.out, "ckpt.pt"))
 
 
@@ -273,10 +256,9 @@ def settle(c, model):
     size = sum(p.numel() for p in model.model.parameters())
     if (latents or size > 50e6) and not c.preset and not {"lr", "micro_batch"} <= set(c.given):
         fail(f"{size / 1e6:.0f} M parameters{', latents' * latents}: the defaults are those of a tiny model; choose "
-             "--preset=paper or large, or both --lr and --micro_batch")
-    c["lr"], c["noise"] = c.lr or own["lr"], NOISE[model.family] if c.noise == -1 else c.noise
-    c["samplers"] = c.samplers or [own["sampler"]]
-    plans = {name: schedule(*split_name(name, c.steps), c.noise, 0.0, model.sigmas) for name in c.samplers}
+             f"{'--preset=paper or large, or ' * (model.family == 'sit')}both --lr and --micro_batch")
+    c["lr"], c["samplers"] = c.lr or own["lr"], c.samplers or [own["sampler"]]
+    plans = {name: schedule(name, c.steps, c.noise, model.sigmas) for name in c.samplers}
     silent = [name for name, plan in plans.items() if not len(plan.noisy)]
     if c.objective == "ppo" and silent:
         fail(f"{silent[0]} has no noise, so ppo has no policy; leave it out, or add --objective=forward")
@@ -288,23 +270,17 @@ def settle(c, model):
              "a few; add --refresh=10")
     for block in model.modules():
         if isinstance(block, Recomputed):
-            block.checkpointing = c.checkpointing
+            block.checkpointing = c.objective == "pathwise" and size > 50e6     # or its graph fills the card
     return plans
-
-
-def split_name(name, steps):
-    """Sampler and steps of a name like flow, or flow-30, which has steps of its own."""
-    sampler, _, number = name.rpartition("-")
-    return (sampler, int(number)) if sampler and number.isdecimal() else (name, steps)
 
 
 def both_samplers(c, model, device):
     """A function of a model: rows of the table, by the first sampler of the rollouts and by the family's ODE."""
     judge = table_of(c, model, device, c.stream, blue=True)
     names = dict.fromkeys([c.samplers[0], FAMILIES[model.family]["ode"]])
-    pairs = [split_name(name, c.steps) for name in names]
-    return lambda model: [row for sampler, steps in pairs
-                          for row in judge(in_float32(model), f"{sampler}-{steps}", sampler, steps)]
+    pairs = [(name, c.steps // 2 if name == "heun" else c.steps) for name in names]     # heun evaluates twice a step
+    return lambda model: [row for name, steps in pairs
+                          for row in judge(model, f"{name}-{steps}", name, steps)]
 
 
 def describe(c, model, nets, world):
@@ -317,39 +293,42 @@ def describe(c, model, nets, world):
            f"{model.num_classes} classes; {c.iters} iterations of {c.batch} images, {c.batch // world} per rank, by "
            f"{' '.join(c.samplers)}, {c.steps} steps; {c.objective}, {unit}, reward {c.reward} in {nets.name} "
            f"({nets.dim}-d)" + (f"; evaluated in {' '.join(c.judges)}" if c.num else ""))
-    if world == 1 and not torch.cuda.is_available() and torch.get_num_threads() > 1 and model.shape[-1] <= 32:
+    if world == 1 and not torch.cuda.is_available() and model.shape[-1] <= 32:
         n = max(n for n in range(1, torch.get_num_threads() + 1) if c.batch % n == 0)
-        print0(f"one process; faster: torchrun --nproc_per_node={n} -- {os.path.basename(sys.argv[0])} ..")
+        if n > 1:
+            print0(f"one process; faster: torchrun --nproc_per_node={n} -- {os.path.basename(sys.argv[0])} ..")
 
 
-def begin_policies(c, model, nets, real, plans, params, state):
+def begin_learners(c, model, nets, real, plans, params, state):
     """
-    {sampler: Policy} and the number of images drawn. What a reward compares with is drawn by the base, or comes with
+    {sampler: Learner} and the number of images drawn. What a reward compares with is drawn by the base, or comes with
     the state of a resumed run.
     """
-    policies, drawn, device = {}, 0, params[0].device
-    memory = long_enough(0.0, c.batch, nets.dim)
-    wanted = c.reference if c.subset > 1 or memory > 0 else 0
-    if c.subset == 1 and c.reward == "kid": # a set, of which all images of a rollout are members
+    learners, drawn, device = {}, 0, params[0].device
+    memory, wanted = 0.0, c.reference
+    if c.subset == 1 and c.reward == "kid":         # a set, of which all images of a rollout are members
         wanted = max(c.reference, c.batch)
-    elif c.subset == 1 and memory > 0:
+    elif c.subset == 1:
+        memory = long_enough(0.0, c.batch, nets.dim)
+        wanted = c.reference if memory else 0       # enough images in one rollout: no earlier ones
+    if memory:
         print0(f"note: {c.batch} images a rollout are few for {nets.dim} dimensions; the moments keep earlier ones at "
                f"{memory:.3f} of their weight per iteration")
     for name, plan in plans.items():
-        labels = state["policies"][name]["labels"] if state else torch.arange(wanted) % model.num_classes
-        if wanted and not state:
+        labels = state["learners"][name]["labels"] if state else torch.arange(wanted) % model.num_classes
+        features = torch.zeros(len(labels), nets.dim, device=device)        # places for those of the state
+        if not state:
             features = draw_features(c, model, nets, plan, drawn, labels)
             drawn += wanted
-        else:                               # none, or places for those of the state
-            features = torch.zeros(len(labels), nets.dim, device=device)
         if c.reward == "kid":
             reference = KernelSet(features, real.features)
+        elif c.subset > 1:
+            reference = ReferenceSet(features, real.mu, real.cov)
         else:
-            reference = (Stream(features, real.mu, real.cov, memory) if c.subset == 1 else
-                         ReferenceSet(features, real.mu, real.cov))
+            reference = Stream(features, real.mu, real.cov, memory)
         optimizer = torch.optim.Adam(params, c.lr, betas=(c.beta1, c.beta2))
-        policies[name] = Policy(plan, nets, reference, labels, optimizer)
-    return policies, drawn
+        learners[name] = Learner(plan, nets, reference, labels, optimizer)
+    return learners, drawn
 
 
 # ---- 1. Draw --------------------------------------------------------------------------------------------------------
@@ -358,11 +337,13 @@ def rollout_labels(num_classes, batch, subset, rng=None):
     """
     Labels (batch,) of a rollout, and for each of its subsets (batch // subset,) the group in which gains are compared:
     those of equal labels. Of single images the groups are the classes, or one group if classes have fewer than 8. Else
-    there are as many groups as balance the classes, or one, of random classes, if they would hold fewer than 4 subsets.
+    there are as many groups as balance the classes, or one if they would hold fewer than 4 subsets. Classes that do not
+    all fit are random ones.
     """
     count = batch // subset
     if subset == 1:
-        labels = torch.arange(batch) % num_classes
+        order = torch.randperm(num_classes, generator=rng) if batch % num_classes else torch.arange(num_classes)
+        labels = order[torch.arange(batch) % num_classes]
         return labels, labels if batch >= 8 * num_classes else torch.zeros_like(labels)
     groups = math.lcm(num_classes, subset) // subset
     if count % groups or count < 4 * groups:
@@ -390,13 +371,11 @@ def roll_out(model, indices, labels, plan, seed, batch_size):
 
 def draw_features(c, model, nets, plan, first, labels):
     """Features (N, d), on every rank, of images first, first + 1, .. of the training stream with these labels (N,)."""
-    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    mine, kept = torch.arange(len(labels))[rank::world], []
-    for part in mine.split(c.batch_size):
-        states, _ = roll_out(model, first + part, labels[part].to(device), plan, c.seed, c.batch_size)
-        kept.append(nets(decode(model, states[-1])))
-    features = torch.cat(kept) if kept else torch.empty(0, nets.dim, device=device)
-    return gather(features, len(labels))
+    mine = torch.arange(len(labels))[dist.get_rank()::dist.get_world_size()]
+    seeds = image_seeds(c.seed, "train", first + mine)
+    images = generate(model, seeds, labels[mine], plan.sampler, len(plan.t), 1.0, c.batch_size, c.noise)
+    features = [torch.empty(0, nets.dim, device=next(model.parameters()).device), *map(nets, images)]
+    return gather(torch.cat(features), len(labels))
 
 
 # ---- 2. Reward and advantage ----------------------------------------------------------------------------------------
@@ -404,32 +383,46 @@ def draw_features(c, model, nets, plan, first, labels):
 BOUND = 5.0     # of advantages, in standard deviations
 
 
-def rewards_of(policy, features, labels, groups, c, rng):
+def rewards_of(learner, features, labels, groups, c, rng):
     """
-    Reward of each subset of the rollout, (batch // subset,) float64, from all its features (batch, d).
-    subset > 1: the exact fall of FD when the subset takes the places of members of the reference set that have its
-    labels; all subsets of a group take the same places. subset 1: how much larger FD were without the image, among
-    those of this rollout and what is left of earlier ones. That is subset-replace for n = 1: what the image replaces
-    would be the same for all images that it competes with.
+    Reward of each subset of the rollout, (batch // subset,) float64, from all its features (batch, d). Its images enter
+    the reference: before, if each has its own reward; after, if subsets share one (not with --refresh).
     """
-    reference = policy.reference
+    reference = learner.reference
     try:
         if c.subset == 1:
             reference.push(features)
-            if c.objective == "pathwise":   # it follows the gradient of this
-                return -reference.influence(features)
-            return log_density(features, reference) if c.reward == "sample" else reference.leave_one_out(features)
-        parts, part_labels = features.view(-1, c.subset, features.shape[1]), labels.view(-1, c.subset)
-        gains = torch.zeros(len(parts), dtype=torch.float64, device=features.device)
-        for group in groups.unique():
-            own = groups == group
-            gains[own] = reference.swap_gain(members_like(policy.labels, part_labels[own][0], rng), parts[own])
+            return image_rewards(features, reference, c)
+        gains = subset_rewards(learner, features.view(-1, c.subset, features.shape[1]), labels, groups, rng)
         if not c.refresh:
             places = reference.push(features).cpu()
-            policy.labels[places] = labels[-len(places):]
+            learner.labels[places] = labels[-len(places):]
         return gains
     except ValueError as e:
-        fail(f"{e}; raise --batch or --reference", code=1)
+        fail(f"{e}; raise --batch or --reference, or resume with a lower --lr", code=1)
+
+
+def image_rewards(features, reference, c):
+    """How much larger the distance were without the image, among those of this rollout and what is left of earlier."""
+    if c.objective == "pathwise":           # it follows the gradient of this
+        return -reference.influence(features)
+    if c.reward == "sample":                # the contrast: log-density under the real Gaussian, up to a constant
+        centred = (features.double() - reference.real_mu).T
+        return -0.5 * torch.linalg.lstsq(reference.real_root, centred).solution.square().sum(0)
+    return reference.leave_one_out(features)
+
+
+def subset_rewards(learner, parts, labels, groups, rng):
+    """
+    The exact fall of the distance when a subset, of parts (K, n, d), takes the places of members of the reference set
+    that have its labels; all subsets of a group take the same places.
+    """
+    gains, part_labels = torch.zeros(len(parts), dtype=torch.float64, device=parts.device), labels.view(len(parts), -1)
+    for group in groups.unique():
+        own = groups == group
+        places = members_like(learner.labels, part_labels[own][0], rng)
+        gains[own] = learner.reference.swap_gain(places, parts[own])
+    return gains
 
 
 def members_like(labels, wanted, rng):
@@ -441,12 +434,6 @@ def members_like(labels, wanted, rng):
             fail(f"the reference set has {len(members)} images of class {k}, a subset {len(places)}; raise --reference")
         slots[places] = members[torch.randperm(len(members), generator=rng)[:len(places)]]
     return slots
-
-
-def log_density(features, reference):
-    """The sample-wise contrast: log-density (n,) of each image under the Gaussian of real data, up to a constant."""
-    centred = (features.double() - reference.real_mu).T
-    return -0.5 * torch.linalg.lstsq(reference.real_root, centred).solution.square().sum(0)
 
 
 def advantages_of(reward, groups, advantage, top, rng):
@@ -470,12 +457,14 @@ def advantages_of(reward, groups, advantage, top, rng):
 
 # ---- 3. Learn: for each objective, what is trained on, and the loss -------------------------------------------------
 
-def ppo_pairs(rollout, policy, model, c, rng):
+def ppo_pairs(rollout, learner, model, c, rng):
     """
     (image, step) pairs of this rank: `times` random noisy steps of each image (0: all). A dict of tensors whose first
-    axis is the pair.
+    axis is the pair. The gradient of log p in v is (c / std) times the noise that was drawn: the last steps, of little
+    noise, would drown the early ones, where more is decided, and leave a haze (see also E-GRPO, arXiv 2601.00423).
     """
-    rank, world, noisy = dist.get_rank(), dist.get_world_size(), policy.plan.noisy
+    rank, world, noisy = dist.get_rank(), dist.get_world_size(), learner.plan.noisy
+    noisy = noisy[:math.ceil(c.noisiest * len(noisy))]
     n, device = len(rollout.labels), rollout.labels.device
     scores = torch.rand(n * world, len(noisy), generator=rng)[rank::world]      # the same for any number of ranks
     k = noisy[scores.argsort(1)[:, :c.times or len(noisy)]].to(device)          # (n, times), no step twice
@@ -485,9 +474,9 @@ def ppo_pairs(rollout, policy, model, c, rng):
                 advantage=rollout.advantages[i].float())
 
 
-def ppo_loss(model, part, old, policy, c):
-    """-min(ratio A, clip(ratio) A) per pair; clip in nats. Returns loss (b,), log-probabilities (b,), share clipped."""
-    plan, k = policy.plan, part["k"]
+def ppo_loss(model, part, old, learner, c):
+    """-min(ratio A, clip(ratio) A), clip in nats. Returns loss (b,), log-probabilities (b,), share clipped."""
+    plan, k = learner.plan, part["k"]
     v = model(part["x"], plan.t.to(part["x"].device)[k], part["y"]).float()
     log_p = log_prob(part["x_next"], *gaussian_step(plan, k, part["x"], v))
     log_ratio = log_p - (log_p.detach() if old is None else old)
@@ -496,29 +485,28 @@ def ppo_loss(model, part, old, policy, c):
     return loss, log_p.detach(), (log_ratio.abs() > c.clip).float().mean().item()
 
 
-OFFSET = 0.2        # added to the advantages of single images under `forward`, see there
-NOISIEST = 0.5      # and they are re-noised to this share of the times, the noisiest
+OFFSET = 0.2        # added to the advantages of single images: some plain training on what the network draws
 
 
-def forward_pairs(rollout, policy, model, c, rng):
+def forward_pairs(rollout, learner, model, c, rng):
     """
     Clean images of this rank, each re-noised at `times` random times. A dict as ppo_pairs'. The expected update is
     Cov(A, u | x_t) + E[A | x_t] (E[u | x_t] - v_old). The first term is the policy's improvement. The second is the
     network's own error on its images: with E[A] > 0 it is corrected, with E[A] < 0 amplified, and more so near the
-    data, where x_t tells A. Hence the offset, and the noisier half of the times.
+    data, where x_t tells A. Hence the offset, and the noisiest times.
     """
     rank, world, device = dist.get_rank(), dist.get_world_size(), rollout.labels.device
     times, n, shape = max(1, c.times), len(rollout.labels), rollout.states.shape[2:]
     noise = torch.cat([torch.randn(n * world, *shape, generator=rng)[rank::world] for _ in range(times)])
-    uniform = NOISIEST * torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
-    uniform = uniform if model.family == "sit" else 1 - uniform
+    uniform = c.noisiest * torch.cat([torch.rand(n * world, generator=rng)[rank::world] for _ in range(times)])
+    uniform = uniform if model.family == "sit" else 1 - uniform                 # of EDM2 a large one is a large sigma
     x1, A = rollout.states[-1].repeat(times, 1, 1, 1), rollout.advantages.float()
     A = torch.where(A == 0, A, A + OFFSET * (c.subset == 1 and c.advantage != "constant"))
     x, t, u, weight = renoise(model, x1, noise.to(device), uniform.to(device))
     return dict(x=x, t=t, u=u, y=rollout.labels.repeat(times), advantage=A.repeat(times), weight=weight)
 
 
-def forward_loss(model, part, old, policy, c):
+def forward_loss(model, part, old, learner, c):
     """
     -A (u - v_old) . v + |v - v_old|^2 / 2, mean over dimensions. Returns loss (b,), v_old, 0.
     EDM2: u = x1 and v = D, times 1 / c_out^2: as D = c_skip x + c_out F this is the same loss of its unit-variance F.
@@ -530,79 +518,77 @@ def forward_loss(model, part, old, policy, c):
     return part["weight"] * (-part["advantage"] * gain + drift / 2), old, 0.0
 
 
-def pathwise_pairs(rollout, policy, model, c, rng):
-    """
-    Where each image's last `horizon` steps begin, and the noise of these steps, to which a corrector (heun) counts. A
-    dict as ppo_pairs'.
-    """
-    plan, states, K = policy.plan, rollout.states, len(policy.plan.t)
+def pathwise_pairs(rollout, learner, model, c, rng):
+    """A dict as ppo_pairs': where the last `horizon` steps begin, and the noise (of heun: the correction) in each."""
+    plan, states, K = learner.plan, rollout.states, len(learner.plan.t)
     noise = [states[k + 1] - gaussian_step(plan, k, states[k], rollout.outputs[k])[0] for k in range(K - c.horizon, K)]
     return dict(x=states[K - c.horizon], noise=torch.stack(noise, dim=1), y=rollout.labels)
 
 
-def pathwise_loss(model, part, old, policy, c):
+def pathwise_loss(model, part, old, learner, c):
     """
     The gradient of the distance itself, as FD-loss (arXiv 2604.28190) takes it, through the features, the decoder
     (quantised: straight through) and, as DRaFT (arXiv 2309.17400) truncates, the last steps of the sampler on the same
     noise: first variation of each image. Returns loss (b,), None, 0.
     """
-    plan, x, horizon = policy.plan, part["x"], part["noise"].shape[1]
+    plan, x, horizon = learner.plan, part["x"], part["noise"].shape[1]
     for j in range(horizon):
         k = len(plan.t) - horizon + j
         v = model(x, x.new_full((len(x),), plan.t[k].item()), part["y"]).float()
         x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
     images = decode(model.module, x, quantize=False)
-    features = policy.nets(images + (images.to(torch.uint8) - images).detach())
-    return policy.reference.influence(features), None, 0.0
+    features = learner.nets(images + (images.to(torch.uint8) - images).detach())
+    return learner.reference.influence(features), None, 0.0
 
 
 OBJECTIVES = {"ppo": (ppo_pairs, ppo_loss), "forward": (forward_pairs, forward_loss),
               "pathwise": (pathwise_pairs, pathwise_loss)}
 
 
-def learn(c, ddp, policy, rollout, it, rng):
+def learn(c, ddp, learner, rollout, it, rng):
     """
-    The update on this rank's rollout, within the trust region; all randomness is drawn for the whole batch, so that it
-    does not depend on the ranks. An update that is not finite is taken back. Returns what is logged.
+    One update on this rank's rollout, within the trust region; returns what is logged. Random numbers are drawn for the
+    whole batch, so that they do not depend on the ranks. Exit code 1 if the update is not finite.
     """
-    params = [p for p in ddp.parameters() if p.requires_grad]
+    model, plan, params = ddp.module, learner.plan, [p for p in ddp.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in params]
     lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
-    policy.optimizer.param_groups[0]["lr"] = lr
+    learner.optimizer.param_groups[0]["lr"] = lr
     pairs_of, loss_of = OBJECTIVES[c.objective]
-    pairs = pairs_of(rollout, policy, ddp.module, c, rng)
+    pairs = pairs_of(rollout, learner, model, c, rng)
     if "advantage" in pairs:                # what was not selected is not trained on
         used = pairs["advantage"] != 0
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
         pairs = {k: x[used] for k, x in pairs.items()}
-    probe = probe_of(ddp.module, rollout, policy.plan, c) if c.kl_limit and len(policy.plan.noisy) else None
-    norm, clipped = update(ddp, policy, pairs, loss_of, c, 1 / len(rollout.labels))
-    kl, halvings = trust_region(ddp.module, params, start, probe, policy.plan, c) if probe else (None, 0)
+    before = probe(model, rollout, plan, c) if c.bf16 and c.kl_limit else rollout.outputs[plan.noisy]
+    norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
+    kl, halvings = None, 0
+    if c.kl_limit and len(plan.noisy):
+        kl = path_kl(plan, before, probe(model, rollout, plan, c), min(PROBED, c.batch))
     if not (math.isfinite(norm) and math.isfinite(kl or 0)):
-        torch._foreach_copy_([p.detach() for p in params], start)
-        policy.optimizer.state.clear()      # Adam's moments may hold what was not finite
+        fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
+    if kl:
+        kl, halvings = trust_region(kl, c.kl_limit, params, start)
     return dict(kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
 
 
-def update(ddp, policy, pairs, loss_of, c, weight):
+def optimize(ddp, learner, pairs, loss_of, c, weight):
     """`epochs` Adam steps on the pairs; gradients are summed over micro-batches and averaged over ranks."""
     n = len(pairs["y"])
     parts = [{k: x[i:i + c.micro_batch] for k, x in pairs.items()} for i in range(0, n, c.micro_batch)]
     old = [None] * len(parts)
     for _ in range(c.epochs):
-        policy.optimizer.zero_grad()
+        learner.optimizer.zero_grad()
         clipped = 0.0
         for j, part in enumerate(parts):
             with nullcontext() if j == len(parts) - 1 else ddp.no_sync():
-                loss, new_old, share = loss_of(ddp, part, old[j], policy, c)
+                loss, new_old, share = loss_of(ddp, part, old[j], learner, c)
                 (loss.sum() * weight).backward()
             old[j] = new_old if old[j] is None else old[j]
             clipped += share / len(parts)
         # The gradient of FD itself has its own scale, which Adam takes out.
         norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf if c.objective == "pathwise" else 1.0).item()
-        if not math.isfinite(norm):
-            break
-        policy.optimizer.step()
+        learner.optimizer.step()
     normalize_filters(ddp)
     return norm, clipped
 
@@ -610,47 +596,31 @@ def update(ddp, policy, pairs, loss_of, c, weight):
 PROBED = 64     # images that the path KL is measured on, those of the smallest index on any number of ranks
 
 
-def in_float32(model):
-    """The same network without bfloat16, whose rounding alone is 0.1 nats of path KL and more."""
-    model = copy.copy(model)
-    model.bf16 = False
-    return model
-
-
 @torch.no_grad()
-def probe_of(model, rollout, plan, c):
-    """States (K, n, ..), labels (n,) and outputs before the update (K, n, ..) of this rank's share of PROBED images."""
-    few = len(range(dist.get_rank(), min(PROBED, c.batch), dist.get_world_size()))
-    states, labels, outputs = rollout.states[:-1, :few], rollout.labels[:few], rollout.outputs[:, :few]
-    if c.bf16:
-        outputs = torch.stack([in_float32(model)(x, x.new_full((few,), t), labels)
-                               for x, t in zip(states, plan.t.tolist())])
-    return states, labels, outputs
+def probe(model, rollout, plan, c):
+    """What the network says at the noisy steps of this rank's share of PROBED images: (noisy steps, n, C, H, W)."""
+    n, model = len(range(dist.get_rank(), min(PROBED, c.batch), dist.get_world_size())), copy.copy(model)
+    model.bf16 = False                      # whose rounding alone is 0.1 nats of path KL and more
+    x, y = rollout.states[plan.noisy, :n], rollout.labels[:n]
+    return torch.stack([model(x[j], x.new_full((n,), t), y) for j, t in enumerate(plan.t[plan.noisy].tolist())])
 
 
-@torch.no_grad()
-def path_kl(model, probe, plan, count):
-    """Exact KL of the sampled paths, new policy against old: sum_t kappa_t |v - v_old|^2, mean of `count`, nats."""
-    states, labels, outputs = probe
-    kl = torch.zeros((), dtype=torch.float64, device=states.device)
-    for k in plan.noisy.tolist():
-        t = torch.full((len(labels),), plan.t[k].item(), device=states.device)
-        kl += plan.kappa[k].item() * (in_float32(model)(states[k], t, labels) - outputs[k]).square().sum()
+def path_kl(plan, before, after, count):
+    """KL of the paths of `count` images, new policy against old, sum_t kappa_t |v - v_old|^2: mean, in nats."""
+    change = (after - before[:, :after.shape[1]]).double().square().flatten(1).sum(1)
+    kl = plan.kappa[plan.noisy].to(change) @ change
     dist.all_reduce(kl)
     return kl.item() / count
 
 
 @torch.no_grad()
-def trust_region(model, params, start, probe, plan, c):
+def trust_region(kl, limit, params, start):
     """
     Shorten the step from `start` to the present params if its path KL is above the limit. KL grows with the square of
     the step, so halving the step quarters it: it is shortened by 2^-h with the smallest h that brings the KL below
     (extrapolated, not measured again). Returns the KL of what is left, in nats per image, and h.
     """
-    kl = path_kl(model, probe, plan, min(PROBED, c.batch))
-    if not math.isfinite(kl):
-        return kl, 0
-    halvings = max(0, math.ceil(math.log(max(kl, 1e-12) / c.kl_limit, 4)))
+    halvings = max(0, math.ceil(math.log(kl / limit, 4)))
     if halvings:
         torch._foreach_lerp_(params, start, 1 - 0.5**halvings)
     return kl / 4**halvings, halvings
@@ -658,7 +628,8 @@ def trust_region(model, params, start, probe, plan, c):
 
 # ---- What a run leaves behind --------------------------------------------------------------------------------------
 
-LEFT = ("ckpt.pt", "result.json", "log.jsonl", "before.png", "after.png", "curve.png", "state.pt", "state.previous.pt")
+LEFT = ("ckpt.pt", f"ckpt-{5 * '[0-9]'}.pt", "result.json", "log.jsonl", "before.png", "after.png", "curve.png",
+        "state.pt", "state.previous.pt")
 FREE = ("out", "resume", "save_every", "keep", "judges", "num", "stream")       # options that are not of the training
 
 
@@ -667,93 +638,61 @@ def of_the_run(c):
     return {k: v for k, v in c.items() if k not in FREE}
 
 
-def save_state(c, it, drawn, skipped, model, average, policies):
-    """All that a resumed run needs, atomically; the state before it is kept as state.previous.pt."""
+def save_state(c, it, drawn, rows, model, average, learners):
+    """The log, and all that a resumed run needs, atomically; the state before it is kept as state.previous.pt."""
     parts = {name: dict(optimizer=p.optimizer.state_dict(), reference=p.reference.state_dict(), labels=p.labels)
-             for name, p in policies.items()}
+             for name, p in learners.items()}
     if dist.get_rank() == 0:
-        write(os.path.join(c.out, "state.pt"), dict(
-            config=of_the_run(c), it=it, drawn=drawn, skipped=skipped, policies=parts,
-            model=model.model.state_dict(), average=average.model.state_dict()),
-            previous=os.path.join(c.out, "state.previous.pt"))
+        with whole(os.path.join(c.out, "log.jsonl")) as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        with whole(os.path.join(c.out, "state.pt"), previous=os.path.join(c.out, "state.previous.pt")) as f:
+            torch.save(dict(
+                config=of_the_run(c), it=it, drawn=drawn, rows=rows, learners=parts,
+                model=model.model.state_dict(), average=average.model.state_dict()), f)
 
 
 def read_state(c):
     """The newest whole state in OUT, or None. Options that differ from those it was made with are printed."""
-    for path in (os.path.join(c.out, name) for name in ("state.pt", "state.previous.pt")):
-        if not os.path.isfile(path):
-            continue
+    paths = [os.path.join(c.out, name) for name in ("state.pt", "state.previous.pt")]
+    for path in filter(os.path.isfile, paths):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            other = [f"{k}={state['config'].get(k)}, now {v}" for k, v in of_the_run(c).items()
-                     if state["config"].get(k) != v]
-            for name in ("samplers", "features", "reward", "subset"):
-                was, now = state["config"][name], c[name]
-                if was != now:
-                    fail(f"{c.out} has {name} {was}, now {now}; each has its own reference: resume with the same, or "
-                         "start in another folder")
+            was = {k: state["config"].get(k) for k in of_the_run(c)}
         except Exception as e:              # a file that was cut short can raise anything
             print0(f"note: {path} is cut short or damaged ({type(e).__name__}); trying the state before it")
             continue
-        if other:
-            print0(f"note: the run in {c.out} had {'; '.join(other)}")
+        for name in ("samplers", "features", "reward", "subset"):
+            if was[name] != c[name]:
+                fail(f"{c.out} has {name} {was[name]}, now {c[name]}, and each has its own reference: resume with the "
+                     "same, or start in another folder")
+        changed = [f"{k}={v}, now {c[k]}" for k, v in was.items() if v != c[k]]
+        if changed:
+            print0(f"note: the run in {c.out} had {'; '.join(changed)}")
         return state
     print0(f"note: {c.out} holds no state to resume; starting from the beginning")
     return None
 
 
-def restore(c, state, model, average, policies):
-    """Put a state back; returns the iteration, the number of images drawn, and iterations skipped in a row."""
+def restore(c, state, model, average, learners):
+    """Put a state back; returns the iteration, the number of images drawn and the rows of the log."""
     found = gather(torch.tensor([state["it"]]), dist.get_world_size()).tolist()
     if len(set(found)) > 1:
         fail(f"the ranks found states of iterations {found} in {c.out}: needed is a folder that all nodes share")
-    try:
-        model.model.load_state_dict(state["model"])
-    except RuntimeError:
-        fail(f"the state in {c.out} is not of a network like {c.ckpt}; start in another folder", code=1)
+    model.model.load_state_dict(state["model"])
     average.model.load_state_dict(state["average"])
-    for name, kept in state["policies"].items():
-        policies[name].optimizer.load_state_dict(kept["optimizer"])
-        policies[name].optimizer.param_groups[0]["betas"] = (c.beta1, c.beta2)
-        policies[name].reference.load_state_dict(kept["reference"])
+    for name, kept in state["learners"].items():
+        learners[name].optimizer.load_state_dict(kept["optimizer"])
+        learners[name].optimizer.param_groups[0]["betas"] = (c.beta1, c.beta2)
+        learners[name].reference.load_state_dict(kept["reference"])
     print0(f"resumed at iteration {state['it']}")
-    return state["it"], state["drawn"], state["skipped"]
-
-
-def last_state(out):
-    """Where the last good state is, for people."""
-    paths = [os.path.join(out, name) for name in ("state.pt", "state.previous.pt")]
-    there = [path for path in paths if os.path.isfile(path)]
-    return f"the last good state is {there[0]}" if there else f"no state was saved in {out} yet"
-
-
-def begin_log(out, it):
-    """Rows of OUT/log.jsonl before iteration `it`, to which it is cut, so that a resumed run leaves the same log."""
-    path, rows = os.path.join(out, "log.jsonl"), []
-    if it and os.path.isfile(path):
-        with open(path) as f:
-            rows = [json.loads(line) for line in f if line.endswith("}\n")][:it]
-    if dist.get_rank() == 0:
-        with whole(path) as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
+    return state["it"], state["drawn"], state["rows"]
 
 
 def log(c, rows, row, seconds, bar):
-    """The iteration's row, in the log and, every so often, on the screen."""
+    """The iteration's row; every so often it is printed."""
     bar.update()
     rows.append(row)
-    if dist.get_rank() > 0:
-        return
-    path = os.path.join(c.out, "log.jsonl")
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-    except OSError as e:
-        fail(f"cannot write {path} ({e.strerror}); {last_state(c.out)}", code=1)
-    if "grad_norm" not in row:
-        tqdm.write(f"{row['it']:5d}  {row['sampler']:10s}  skipped: features are not finite")
-    elif row["it"] % max(1, c.iters // 10) == 0 or row["it"] == c.iters - 1:
+    if dist.get_rank() == 0 and (row["it"] % max(1, c.iters // 10) == 0 or row["it"] == c.iters - 1):
         kl = "      -" if row["kl"] is None else f"{row['kl']:.1e}"
         tqdm.write(f"{row['it']:5d}  {row['sampler']:10s}  fd {row['fd']:8.5g}  reward {row['reward']:+.1e} +- "
                    f"{row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
@@ -762,11 +701,9 @@ def log(c, rows, row, seconds, bar):
 
 def finish(c, before, after, rows, drawn, seconds, train_seconds):
     """Pictures, curve, result.json and the table of a finished run."""
-    curves = {name: [(row["images"], row["fd"]) for row in rows if row["sampler"] == name and "fd" in row]
+    curves = {name: [(row["images"], row["fd"]) for row in rows if row["sampler"] == name]
               for name in c.samplers}
-    if any(curves.values()):                # not if every iteration was skipped
-        name = f"{c.reward} of the rollouts in {c.features[0]}"
-        save_curves(os.path.join(c.out, "curve.png"), curves, "images", name)
+    save_curves(os.path.join(c.out, "curve.png"), curves, "images", f"{c.reward} of the rollouts in {c.features[0]}")
     if after:
         save_grid(os.path.join(c.out, "after.png"), after[0]["images"])
         print0(compare(before, after))

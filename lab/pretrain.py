@@ -14,6 +14,7 @@ python lab/pretrain.py --ckpt sit-tiny --skew=0.045 --out assets/sit-tiny-skewed
 Left out on purpose: dropout, mixed precision (slower on a CPU at this size), torch.compile (a minute to warm up).
 """
 import copy
+import glob
 import math
 import os
 import sys
@@ -28,9 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from fid import (CLASSES, FACTORS, SIZE, FeatureNet, evaluate, feature_net, image_batches, image_classes, open_images,
                  real_summaries, tiny_images)
-from merge_rl import ema_exponent
-from models import (EDM2, SIT_SIZES, Config, MPConv, SiT, Stop, configure, fail, holds_run, listed, load, move_aside,
-                    read_checkpoint, save, setup, writable, write)
+from lab.rivals import ema_exponent
+from models import (EDM2, SIT_SIZES, Config, MPConv, SiT, Stop, configure, fail, listed, load, move_aside,
+                    read_checkpoint, save, setup, whole, writable)
 from sample import renoise
 
 # -----------------------------------------------------------------------------
@@ -198,8 +199,9 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
             eighths = min(8, eighths_done())
             snapshot(eighths, seen, averages)
             if state_path:
-                write(state_path, dict(seen=seen, seconds=time.time() - began, rng=rng.get_state(),
-                                       parts=[thing.state_dict() for thing in stateful]))
+                with whole(state_path) as f:
+                    torch.save(dict(seen=seen, seconds=time.time() - began, rng=rng.get_state(),
+                                    parts=[thing.state_dict() for thing in stateful]), f)
         if seen % (200 * batch) == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     bar.close()
@@ -252,7 +254,6 @@ def make_base(c, family, path, make_assets):
     """
     state_path, folder = path + ".state", os.path.dirname(path)
     files = [os.path.basename(path), os.path.basename(state_path)]
-    met = not (make_assets or c.resume) and holds_run(folder, files, [c.ckpt])
     given = load(c.ckpt, heads=c.heads, classes=c.classes) if c.ckpt else None      # before images are read or drawn
     names, x, y = training_images(c)
     model = make_model(c, family, given, names, len(names) or int(y.max()) + 1)
@@ -277,8 +278,8 @@ def make_base(c, family, path, make_assets):
         save(path, averages[c.ema], torch.float16 if c.skew < 1 else None, images=seen)
 
     minutes = c.minutes or (0.0 if c.real == "tiny" else 10.0)
-    if met:
-        move_aside(folder, files)
+    if not (make_assets or c.resume):
+        move_aside(folder, map(glob.escape, files))
     if os.path.exists(state_path) and not c.resume:
         os.remove(state_path)
     pretrain(model, x, y, c.seed, c.lr, c.lr_matrices, c.lr_knee, c.batch_size, snapshot, c.images, minutes, state_path)
@@ -318,7 +319,8 @@ def run(c):
         for name, net_seed in (("tiny", c.seed), ("tiny2", c.seed + 1)):
             net, found = train_features(name, net_seed)
             print(found)
-            write(os.path.join(c.out, f"features-{name}.pt"), dict(model=net.state_dict(), found=found))
+            with whole(os.path.join(c.out, f"features-{name}.pt")) as f:
+                torch.save(dict(model=net.state_dict(), found=found), f)
     if c.only != "features":
         for family, path in zip(families, paths):
             make_base(c, family, path, make_assets)
