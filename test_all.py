@@ -1,7 +1,7 @@
 """
 Truths, not calls: closed forms, invariances, independent implementations, and every command as a user types it.
 
-python -m pytest -q test_all.py                                 # about four minutes on two cores
+python -m pytest -q test_all.py                                 # three minutes on two cores
 python test_all.py kills 20                                     # by hand: kill -9 at so many moments of a run
 python test_all.py mutations 600                                # by hand: damaged files of all formats, so many seconds
 """
