@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ContextDecorator, contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 
@@ -699,12 +699,13 @@ def moved(path, folder):
     return aside if inside and os.path.isfile(aside) else path
 
 
-class Stop:
+class Stop(ContextDecorator):
     """Signals and a lack of memory end the script with one line; while .patient, the first only sets .number."""
     def __init__(self, then="", smaller="--batch_size"):
-        self.number, self.patient, self.then, self.smaller = 0, False, then, smaller
+        self.then, self.smaller = then, smaller
 
     def __enter__(self):
+        self.number, self.patient = 0, False
         self.before = {number: signal.signal(number, self.came) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -3136,7 +3136,8 @@ def test_a_resumed_merge_is_of_the_same_files(tmp_path):
     """What a glob finds may have changed since; features drawn from other checkpoints are not taken for theirs."""
     for name in SNAPSHOTS[:2]:
         shutil.copy(name, tmp_path)
-    argv = ["--ckpts", tmp_path / "*.pt", *BRIEF[len(SNAPSHOTS) + 1:], "--budget=700", "--num=0", "--out", tmp_path / "m"]
+    argv = ["--ckpts", tmp_path / "*.pt", *BRIEF[len(SNAPSHOTS) + 1:], "--budget=700", "--num=0", "--out",
+            tmp_path / "m"]
     assert run(merge_rl, *argv)[0] == 0 and run(merge_rl, *argv, "--resume")[0] == 0
     shutil.copy(SNAPSHOTS[2], tmp_path)
     assert "another search" in mistakes(merge_rl, *argv, "--resume", expect=1)[1]

@@ -126,14 +126,12 @@ class Rollout(NamedTuple):
     advantages: torch.Tensor                # (n,)
 
 
+stop = Stop(smaller="--batch_size and --micro_batch")
+
+
+@stop
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
-    with Stop(smaller="--batch_size and --micro_batch") as stop:
-        run(c, stop)
-
-
-def run(c, stop):
-    """The whole run with options c; signals end it, the first one after an iteration."""
     rank, world, device = setup()
     began = time.time()
     take_preset(c, PRESETS)
