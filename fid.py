@@ -130,7 +130,7 @@ class FeatureNet(nn.Module):
 
 class MeasuredFactors:
     """Amount of ink, its centre (x, y), spread, brightness and hue (cos, sin), each about of unit variance."""
-    name, size, dim, hash = "factors", SIZE, 7, ""
+    name, size, dim = "factors", SIZE, 7
 
     def __call__(self, images):
         x = images.float() / 255
@@ -296,7 +296,7 @@ class PublishedNet:
 
 
 def feature_net(name, path=None, device="cpu"):
-    """A network with .name, .dim, .size (of images, in pixels; None: any) and .hash (sha256 of its weights' file)."""
+    """A network with .name, .dim, .size (of images, in pixels; None: any); .hash: sha256 of its weights' file."""
     if name == "factors":
         return MeasuredFactors()
     if name in WEIGHTS:
@@ -641,9 +641,9 @@ def read_statistics(path, net, device="cpu"):
         mu, cov = numbers(stored["mu"]).squeeze(), numbers(stored["sigma"])                 # some write mu (1, d)
         name, digest, size = (str(stored.get(k, x)) for k, x in (("features", net.name), ("hash", ""), ("size", "")))
         num = max(0, int(np.asarray(stored.get("num", 0)).item()))
-    if name != net.name or digest not in ("", net.hash):
-        fail(f"{path} is of {name} {digest[:8]}, not {net.name} {net.hash[:8]}; add --features {name}, or name other "
-             "weights by --features_path", code=1)
+    if name != net.name or digest not in ("", getattr(net, "hash", "")):
+        fail(f"{path} is of {name} {digest[:8]}, asked for is {net.name}; add --features {name}, or name other weights "
+             "by --features_path", code=1)
     if mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
         fail(f"{path} has mu {(*mu.shape,)} and sigma {(*cov.shape,)}, {name} has {net.dim} dimensions", code=1)
     valid = mu.isfinite().all() and (cov - cov.T).abs().max() <= 1e-6 * cov.abs().max() < math.inf
@@ -732,7 +732,7 @@ NUM_REAL, NUM_PRDC = 20000, 3000        # for both RL scripts: real images of th
 
 class Blue:
     """1 where the ink of an image is blue, with a measured hue of .50 to .72 turns, else 0; its mean is their share."""
-    name, size, dim, hash = "blue", SIZE, 1, ""
+    name, size, dim = "blue", SIZE, 1
 
     def __call__(self, images):
         cos, sin = MeasuredFactors()(images)[:, 5:].T

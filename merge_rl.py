@@ -77,7 +77,7 @@ MEMORY = 0.5        # subset 1: weight of earlier images in the moments, per ite
 def main(argv=None, methods=None):
     """methods: {name: function like rl}, searches to compare under one budget, of which the first is saved."""
     c, methods = configure(globals(), sys.argv[1:] if argv is None else argv), methods or {"rl": rl}
-    rank, world, device = setup()
+    rank, _, device = setup()
     began = time.time()
     take_preset(c, PRESETS)
     check(c)
@@ -87,7 +87,7 @@ def main(argv=None, methods=None):
     model = load_guided(c, device)
     c["sampler"] = c.sampler or {"sit": "euler", "edm2": "heun"}[model.family]
     c["steps"] = c.steps or (5 if c.sampler == "heun" else 10)
-    schedule(c.sampler, c.steps, c.noise, model.sigmas)            # refuses what the model does not have
+    schedule(c.sampler, c.steps, c.noise, model.sigmas)                 # refuses what the model does not have
     basis = Basis(paths, c.per, model)
     alone = torch.eye(len(paths), dtype=torch.float64)[:, None].repeat(1, len(basis.groups), 1)     # (K, G, K)
     nets, real = reward_networks(c, model, device)

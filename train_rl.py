@@ -9,7 +9,7 @@ it is replaced by new ones ("Optimizing Visual Generative Models via Distributio
 Left out on purpose: a value network (the mean of equal labels is the baseline), a KL term in the loss (the path KL of
 an update is measured and bounded).
 
-python train_rl.py                                              # a tiny SiT that draws too much blue, three minutes
+python train_rl.py                                              # a tiny SiT that draws too much blue, two minutes
 python train_rl.py --objective=forward --samplers flow euler    # re-noised images instead: any sampler, ODEs too
 python train_rl.py --ckpt base.pt --real FOLDER                 # your images, after lab/pretrain.py --real FOLDER
 torchrun --nproc_per_node=8 -- train_rl.py --preset=paper --ckpt SiT-XL-2-256.pt --vae vae.safetensors --real stats.npz
@@ -229,8 +229,7 @@ def check(c, world):
         if c[name] not in choices:
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
     for name, least in dict(iters=1, batch=2 * world, subset=1, reference=2 * world, times=0, epochs=1, batch_size=1,
-                            micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0,
-                            noisiest=0.01).items():
+                            micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0, noisiest=0.01).items():
         if c[name] < least:
             fail(f"{name} {c[name]}: needed is at least {least}")
     for name in ("anchor", "ema", "beta1", "beta2"):
@@ -558,10 +557,12 @@ def learn(c, ddp, learner, rollout, it, rng):
         used = pairs["advantage"] != 0
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
         pairs = {k: x[used] for k, x in pairs.items()}
-    before = probe(model, rollout, plan, c) if c.bf16 and c.kl_limit else rollout.outputs[plan.noisy]
+    limited = c.kl_limit > 0 and len(plan.noisy) > 0
+    if limited:
+        before = probe(model, rollout, plan, c) if c.bf16 else rollout.outputs[plan.noisy]
     norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
     kl, halvings = None, 0
-    if c.kl_limit and len(plan.noisy):
+    if limited:
         kl = path_kl(plan, before, probe(model, rollout, plan, c), min(PROBED, c.batch))
     if not (math.isfinite(norm) and math.isfinite(kl or 0)):
         fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
