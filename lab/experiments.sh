@@ -29,6 +29,11 @@ row sample    40 --reward=sample
 row long      40 --iters=300
 row fidelity-forward 40 --ckpt=sit-tiny --objective=forward --samplers flow euler
 row edm2      40 --ckpt=edm2-tiny --iters=25 --num=2500
+row constant  40 --objective=forward --samplers flow euler --advantage=constant --lr=3e-6
+if [ -z "$only" ] || [ "$only" = more ]; then      # more pre-training, on real images: the rows before of the second command
+    python lab/pretrain.py --ckpt sit-tiny-skewed --out out/more.pt --images=48000 --seed=40
+    python train_rl.py --seed=40 --ckpt out/more.pt --iters=1 --out=out/more-40
+fi
 if [ -z "$only" ] || [ "$only" = neon ]; then      # no reward: a step away from self-training, its size chosen by FD in tiny
     python lab/rivals.py neon --ckpts sit-tiny-skewed sit-tiny-skewed --seed=40 --out=out/neon-40
 fi
