@@ -31,8 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from models import (ASSETS, SafeUnpickler, Stop, configure, fail, gather, image_size, listed, note, one_line, print0,
-                    read_checkpoint, read_pickle, reading, setup, whole, writable)
+from models import (ASSETS, SafeUnpickler, Stop, configure, exact, fail, gather, image_size, listed, note, one_line,
+                    print0, read_checkpoint, read_pickle, reading, setup, whole, writable)
 from reward import KernelSet, Moments, Spectrum, covariance_root, distance_to_root, standard_error
 from sample import STREAMS, generate, image_seeds, in_words, load_guided, schedule, watched
 
@@ -53,6 +53,8 @@ steps = 10 # of the sampler
 noise = -1.0 # noise level of the sampler, 0: none; -1: 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # scale of the guidance by the null class, or by --guide; 1: none
 guide = "" # autoguidance: a weaker network in place of the null class
+bf16 = False # the network in 16 bits, SiT's bfloat16 and EDM2's float16, all else in float32
+compile = False # compile the block that a SiT repeats: seconds to begin with, faster passes on a GPU
 labels = "balanced" # of the drawn images: balanced (i % classes), or random (uniform, as for published FIDs)
 seed = 0 # of the drawn images
 stream = "report" # report; select: other images, to choose a sampler with
@@ -124,6 +126,7 @@ class FeatureNet(nn.Module):
                 nn.GELU(), nn.Linear(256, self.dim))
         self.heads = nn.Sequential(nn.ReLU(), nn.Linear(self.dim, CLASSES + 8))
 
+    @exact()
     def forward(self, images):
         return self.body(images.float() / 127.5 - 1)
 
@@ -290,9 +293,9 @@ class PublishedNet:
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device).view(2, 3, 1, 1)
         return dinov2(self.w, (x - mean) / std)
 
-    def __call__(self, images):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):       # TF32 would cost FID its third digit
-            return torch.cat([self.features(part) for part in images.split(32)])    # bounds the memory
+    @exact()
+    def __call__(self, images):             # in parts that bound the memory and fill a GPU
+        return torch.cat([self.features(part) for part in images.split(128 if images.is_cuda else 32)])
 
 
 def feature_net(name, path=None, device="cpu"):
@@ -661,6 +664,7 @@ def write_statistics(path, summary, net):
 
 # ---- Metrics on features -------------------------------------------------------------------------------------------
 
+@exact()
 def prdc(real, fake):
     """
     Precision and recall (k = 3; a point on the edge counts; Kynkaanniemi et al. 2019), density and coverage (k = 5; it
@@ -669,7 +673,7 @@ def prdc(real, fake):
     def nearest(x):                         # (N, 6) distances to itself and the five nearest others
         return torch.cat([torch.cdist(rows, x).topk(6, largest=False).values for rows in x.split(1000)])
 
-    real_3, real_5 = nearest(real)[:, [3, 5]].T
+    real_3, real_5 = nearest(real).T[3::2]
     fake_3 = nearest(fake)[:, 3]
     precise, dense = 0, 0                                               # of the fakes; pairs of fake and real
     recalled = covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)

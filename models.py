@@ -137,7 +137,7 @@ class SiT(nn.Module):
 
 def normalize(x, dim, eps=1e-4):
     """x over its root mean square along `dim`: unit magnitude."""
-    return x / (x.square().mean(dim, keepdim=True).sqrt() + eps)
+    return x / (x.square().mean(dim, keepdim=True).sqrt() + eps).to(x.dtype)        # autocast squares in float32
 
 
 def mp_silu(x):
@@ -147,7 +147,7 @@ def mp_silu(x):
 
 def mp_sum(a, b, t):
     """Weighted sum that keeps unit magnitude, eq. 88."""
-    return a.lerp(b, t).div_(math.hypot(1 - t, t))
+    return a.lerp(b.to(a.dtype), t).div_(math.hypot(1 - t, t))
 
 
 def mp_cat(a, b):
@@ -377,16 +377,26 @@ def attach_vae(model, path):
         fail(f"the model draws latents; name its decoder with --vae: diffusion_pytorch_model.safetensors of "
              f"{convention['vae']}")
     device = next(model.parameters()).device
-    w = {name: x.to(device) for name, x in read_vae(path).items()}
+    w = half = {name: x.to(device) for name, x in read_vae(path).items()}
+    if device.type == "cuda":               # to draw; lab/bench.py counts the uint8 values that differ
+        half = {name: halved(x) for name, x in w.items()}
     scale, mean = (torch.tensor(convention[k], device=device).view(1, -1, 1, 1) for k in ("scale", "mean"))
 
     def vae(x):
         chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
-        images = torch.cat([vae_decode(w, part / scale + mean) for part in x.float().split(chunk)])
+        own = w if torch.is_grad_enabled() else half
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            images = torch.cat([vae_decode(own, (part / scale + mean).to(own["post_quant_conv.bias"])).float()
+                                for part in x.float().split(chunk)])
         return (convention["gain"] * images + convention["offset"]).clamp(0, 255)
 
     model.vae = vae                         # a function, not a module: neither trained nor saved
     return model
+
+
+def halved(x):
+    """A decoder's tensor in float16, filters with channels last."""
+    return x.half().contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
 def image_size(model):
@@ -722,7 +732,10 @@ class Stop(ContextDecorator):
 
 
 def setup():
-    """Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work."""
+    """
+    Rank, world size, device. Under torchrun its process group; alone a group of one, so collectives just work. On a GPU
+    networks draw and learn in TF32, as SiT's own code; see exact().
+    """
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:            # a restart must not find the addresses of those who died
@@ -734,7 +747,20 @@ def setup():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextmanager
+def exact():
+    """What is measured: products in float32 on a GPU too, where TF32 would cost FID its third digit."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def gather(x, total):

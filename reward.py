@@ -447,7 +447,7 @@ class KernelSet:
     def swap_gain(self, slots, new):
         check_swap(slots, new, *self.features.shape)
         gains = []
-        for places, f in zip(slots.expand(new.shape[:2]), new):
+        for places, f in zip(slots.to(new.device).expand(new.shape[:2]), new):
             changed = copy.copy(self)
             changed.set(self.features.index_copy(0, places, f.to(self.features)))
             gains.append(self.fd - changed.fd)

@@ -37,6 +37,8 @@ steps = 10 # steps of the sampler: network evaluations, two each for heun
 noise = -1.0 # of SDE and ancestral samplers (see schedule), 0: none; -1: the family's own, 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # guidance scale: guide + cfg (main - guide), the guide being the null class or --guide; 1: none
 guide = "" # autoguidance: a weaker network in place of the null class, named like ckpt
+bf16 = False # the network in 16 bits, SiT's bfloat16 and EDM2's float16, all else in float32
+compile = False # compile the block that a SiT repeats: seconds to begin with, faster passes on a GPU
 label = -1 # draw this class only; -1: all in turn
 seed = 0 # image i depends on (seed, i) and its label alone
 batch_size = 250 # images in one pass, per rank
@@ -59,6 +61,7 @@ FORMS = {
 STREAMS = {"train": 0, "select": 1, "report": 2, "floor": 3, "features": 4, "features2": 5, "update": 6}
 SAMPLERS = {"sit": (*FORMS, "euler", "heun"), "edm2": ("heun", "euler", "ancestral")}    # the first is the default
 NOISE = {"sit": 0.5, "edm2": 0.7}
+HALF = {"sit": torch.bfloat16, "edm2": torch.float16}   # EDM2 bounds its activations, as its official network for this
 LAST = 0.04                             # length of the noise-free last step of SiT's own forms; of flow and ODE 1/steps
 RHO = 7                                 # of EDM2's noise levels
 SIGMA_MEAN, SIGMA_STD = -0.4, 1.2       # of ln sigma in EDM2's training
@@ -182,7 +185,7 @@ class Guided(nn.Module):
     """
     A network under guidance, called like it, and with its attributes: weak + scale (network - weak), where weak is the
     guide (Karras et al. 2024b) or, without one, the network's own null class. Of latents as many channels are guided as
-    the family's own code guides. bf16: its passes run under autocast to bfloat16, the rest in float32.
+    the family's own code guides. bf16: its passes run under autocast to the family's HALF, the rest in float32.
     """
     def __init__(self, model, scale=1.0, guide=None, bf16=False):
         super().__init__()
@@ -195,7 +198,7 @@ class Guided(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, x, t, y):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, HALF[self.family], enabled=self.bf16):
             if self.scale == 1.0:
                 return self.model(x, t, y).float()
             if self.guide is None:
@@ -222,8 +225,17 @@ def load_guided(c, device):
                  f"needed are {model.family}, {model.shape} and {model.num_classes}, or none", code=1)
     elif c.cfg != 1.0 and not model.null:
         fail(f"--cfg={c.cfg}: the model has no null class to guide with; leave it out, or name a network by --guide")
+    if c.compile and model.family != "sit":
+        fail(f"--compile is for a SiT, whose blocks are alike; {c.ckpt} is {model.family}")
     c["noise"] = NOISE[model.family] if c.noise == -1 else c.noise
-    return Guided(model, c.cfg, guide, c.get("bf16", False))
+    return compiled(Guided(model, c.cfg, guide, c.bf16), c.compile)
+
+
+def compiled(model, wanted=True):
+    """The model; if wanted, with its blocks compiled: one graph for all of them. A copy of it is compiled anew."""
+    for block in model.model.blocks if wanted else []:
+        block.compile()
+    return model
 
 
 def image_seeds(seed, stream, indices):
@@ -235,22 +247,29 @@ def image_seeds(seed, stream, indices):
     return [int(np.random.SeedSequence((seed, key, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
 
 
+def noise_of(seeds, count, shape):
+    """Standard normal noise (B, count, *shape): of each seed the first `count` draws of its own generator."""
+    noise, generator = torch.empty(len(seeds), count, *shape), torch.Generator()
+    for seed, draws in zip(seeds, noise):
+        generator.manual_seed(seed)
+        # torch draws 16 numbers at a time: draws of a multiple of that are the same one by one and all at once.
+        for part in draws if math.prod(shape) % 16 else [draws]:
+            part.normal_(generator=generator)
+    return noise
+
+
 def trajectory(model, seeds, labels, plan):
     """
     Yields the states x_0 (noise) .. x_K (clean) of one batch, each (B, C, H, W), each with the network's output there
     (None for the last). All randomness of an image comes from its own generator, so the batch does not matter.
     """
-    device = labels.device
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-
-    def randn():
-        return torch.stack([torch.randn(model.shape, generator=g) for g in generators]).to(device)
-
+    table = list(zip(*(row.tolist() for row in plan[1:])))              # numbers: nothing is copied to a GPU in the loop
+    count = 1 + sum((std > 0) + (kick > 0) for *_, std, kick in table)
+    noise = iter(noise_of(seeds, count, model.shape).to(labels.device).unbind(1))
     edm2 = model.family == "edm2"
-    x = randn() * model.sigmas[1] if edm2 else randn()
-    for k, (t, end) in enumerate(zip(plan.t.tolist(), plan.end.tolist())):
-        if plan.kick[k] > 0:
-            x = x + plan.kick[k].to(device) * randn()
+    x = next(noise) * model.sigmas[1] if edm2 else next(noise)
+    for t, end, a, c, std, kick in table:
+        x = x + kick * next(noise) if kick > 0 else x
         v = model(x, x.new_full((len(x),), t), labels).float()
         yield x, v
         if plan.sampler == "heun" and not (edm2 and end == 0):
@@ -259,8 +278,8 @@ def trajectory(model, seeds, labels, plan):
             v = model(ahead, x.new_full((len(x),), end), labels).float()
             x = x + (end - t) / 2 * (slope + ((ahead - v) / end if edm2 else v))
             continue
-        mean, std = gaussian_step(plan, k, x, v)
-        x = mean + std * randn() if plan.std[k] > 0 else mean
+        x = a * x + c * v
+        x = x + std * next(noise) if std > 0 else x
     yield x, None
 
 

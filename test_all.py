@@ -49,7 +49,10 @@ from lab import bench, pretrain, rivals
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
 SCRIPTS = (sample, fid, train_rl, merge_rl, pretrain, bench)
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")     # as it is before models.setup() and any test
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")       # of processes that tests start
+GPU = torch.cuda.is_available()
+torch.cuda.is_available = lambda: False                 # truths are on the CPU; what a GPU does has its own section
+on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
 fid.NUM_REAL, fid.NUM_PRDC = 300, 50                    # of the tiny world, in both RL scripts: enough here
 torch.manual_seed(0)
 torch.set_num_threads(1)                                # the other core works beside the tests, see `beside`
@@ -618,7 +621,7 @@ def test_ode_golden():
     def compute(dtype):
         network = model.to(dtype)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn", lambda *a, generator=None, **k: start[generator.initial_seed()].to(dtype))
+            patch.setattr(sample, "noise_of", lambda seeds, *rest: start[list(seeds), None].to(dtype))
             heun = [x for x, _ in sample.trajectory(network, range(len(start)), labels, sample.schedule("heun", 9))]
         return dict(euler=replay(network, start.to(dtype), sample.schedule("euler", 9), None, labels),
                     heun=torch.stack(heun))
@@ -681,14 +684,35 @@ def test_image_is_its_seed():
     seeds = sample.image_seeds(0, "select", range(12))
     for dtype, most in ((torch.float64, 0), (torch.float32, 1)):
         with pytest.MonkeyPatch.context() as patch, float64() if dtype == torch.float64 else contextlib.nullcontext():
-            randn = torch.randn
-            patch.setattr(torch, "randn", lambda *a, **k: randn(*a, **k).to(dtype))
+            noise_of = sample.noise_of
+            patch.setattr(sample, "noise_of", lambda *rest: noise_of(*rest).to(dtype))
             model = models.load().to(dtype)
             whole, parts = (torch.cat(list(sample.generate(model, seeds, batch_size=n))).int() for n in (12, 5))
             alone = torch.cat(list(sample.generate(model, seeds[7:8], torch.tensor([7])))).int()
         assert (whole - parts).abs().max() <= most and (whole[7] - alone[0]).abs().max() <= most
     assert len(set(sample.image_seeds(0, "train", range(1000)) + sample.image_seeds(0, "report", range(1000))
                    + sample.image_seeds(1, "report", range(1000)))) == 3000
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (4, 2, 2), (3, 5, 5), (1, 1, 1)])
+def test_noise_drawn_at_once_is_that_of_one_draw_after_the_other(shape):
+    found = sample.noise_of([3, 2**63 + 5], 4, shape)
+    for seed, draws in zip([3, 2**63 + 5], found):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(draws, torch.stack([torch.randn(shape, generator=generator) for _ in range(4)]))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_compiled_block_is_the_same_and_compiled_once():
+    model, x = sample.Guided(models.load()), torch.randn(4, 3, 16, 16)
+    y, t = torch.arange(4), torch.linspace(0.1, 0.9, 4)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        plain = model(x, t, y)
+        assert error(sample.compiled(model)(x, t, y), plain) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one for four blocks"
+    assert "for a SiT" in mistakes(sample, "--ckpt=edm2-tiny", "--compile")[1]
 
 
 # ---- Policy gradient ------------------------------------------------------------------------------------------------
@@ -782,13 +806,14 @@ def test_checkpointing_changes_memory_alone(family):
     assert found[1][1] < 0.45 * found[0][1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 @pytest.mark.parametrize("family", ["sit", "edm2"])
-def test_bfloat16_of_the_network_alone(family):
+def test_half_precision_of_the_network_alone(family, device):
     """Spread of the log-ratio, in nats: between rollout and replay, against float32, and with log-probs in bfloat16."""
-    model = models.load() if family == "sit" else random_edm2()
+    model = (models.load() if family == "sit" else random_edm2()).to(device)
     half, full = sample.Guided(model, bf16=True), sample.Guided(model)
     name = "flow" if family == "sit" else "ancestral"
-    plan, labels = sample.schedule(name, 5, sample.NOISE[family], model.sigmas), torch.arange(24) % 10
+    plan, labels = sample.schedule(name, 5, sample.NOISE[family], model.sigmas), torch.arange(24, device=device) % 10
     policy = train_rl.Learner(plan, *4 * [None])
     states, outputs = train_rl.roll_out(half, torch.arange(24), labels, plan, 0, 16)
     assert states.dtype == outputs.dtype == torch.float32
@@ -796,7 +821,8 @@ def test_bfloat16_of_the_network_alone(family):
     for k in plan.noisy.tolist():
         mean, std = sample.gaussian_step(plan, k, states[k], outputs[k])
         rolled = sample.log_prob(states[k + 1], mean, std)
-        part = dict(k=torch.full((24,), k), x=states[k], x_next=states[k + 1], y=labels, advantage=torch.ones(24))
+        part = dict(k=torch.full_like(labels, k), x=states[k], x_next=states[k + 1], y=labels,
+                    advantage=torch.ones(24, device=device))
         for form, network in (("replay", half), ("float32", full)):
             parts = [{key: x[i:i + 7] for key, x in part.items()} for i in range(0, 24, 7)]
             with torch.no_grad():
@@ -825,24 +851,55 @@ def test_pairs_hold_what_the_sampler_did():
 
 def test_path_kl_of_a_known_change():
     model, (plan, *_), rollout = rolled_out()
-    before, (states, outputs, *_) = train_rl.probe(model, rollout, plan, options(batch=20)), rollout
-    assert train_rl.path_kl(plan, outputs[plan.noisy], before, 20) < 1e-6
-    exact = sum(plan.kappa[k].item() * 0.01 * 768 for k in plan.noisy)
-    assert math.isclose(train_rl.path_kl(plan, before, before + 0.1, 20), exact, rel_tol=1e-4)
+    (states, outputs, *_), rng = rollout, torch.Generator().manual_seed(0)
+    steps, chance = train_rl.probed_steps(plan, 20, rng)
+    before = train_rl.probe(model, rollout, plan, steps)
+    assert torch.allclose(before, outputs[steps, torch.arange(20)], atol=1e-5)
+    assert train_rl.path_kl(plan, steps, chance, before, before) == (0, 0)
     x, v, k = states[1], outputs[1], 1
     p, q = (torch.distributions.Normal(sample.gaussian_step(plan, k, x, u)[0], plan.std[k]) for u in (v, v + 0.1))
     assert math.isclose(torch.distributions.kl_divergence(p, q).sum((1, 2, 3)).mean().item(),
                         plan.kappa[k].item() * 0.01 * 768, rel_tol=1e-4)
     # A step that is too long is halved until the KL is below the limit, and no further.
-    params, rng = [p for p in model.parameters() if p.requires_grad], torch.Generator().manual_seed(0)
+    params = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p in params:
             p.add_(0.01 * torch.randn(p.shape, generator=rng))
-    measure = lambda: train_rl.path_kl(plan, before, train_rl.probe(model, rollout, plan, options(batch=20)), 20)
+    measure = lambda: train_rl.path_kl(plan, steps, chance, before, train_rl.probe(model, rollout, plan, steps))[0]
     assert measure() > 4 * 0.02
     kl, halvings = train_rl.trust_region(measure(), 0.02, params, start)
     assert halvings > 0 and 0.02 / 4 < kl <= 0.02 and math.isclose(measure(), kl, rel_tol=0.3)
+
+
+@pytest.mark.parametrize("name, sigmas", [("flow", None), ("ancestral", (0.1, 10.0))])
+def test_path_kl_of_few_steps_is_unbiased(name, sigmas):
+    """Changes of the network that differ by image and step; the stated error holds, for steps are spread evenly."""
+    plan, rng = sample.schedule(name, 10, None, sigmas), torch.Generator().manual_seed(0)
+    change = torch.rand(32, 10, 3, 4, 4, generator=rng) / plan.t[:, None, None, None].clamp(min=0.3)
+    exact = (plan.kappa.nan_to_num() * (plan.std > 0) * change.square().sum((2, 3, 4))).sum(1).mean().item()
+    found = []
+    for _ in range(2000):
+        steps, chance = train_rl.probed_steps(plan, 32, rng)
+        after = change[torch.arange(32), steps]
+        found.append(train_rl.path_kl(plan, steps, chance, 0 * after, after))
+    mean, stated = torch.tensor(found, dtype=torch.float64).T
+    assert abs(mean.mean() - exact) < 4 * mean.std() / 2000**0.5 and mean.std() < 0.15 * exact
+    assert mean.std() / 1.5 < stated.mean() < 1.5 * mean.std(), (mean.std(), stated.mean())
+
+
+def test_memory_of_a_card_in_one_line(monkeypatch, capsys):
+    """4 GB before, 14 at the peak of 20 pairs, 8 kept, 80 there: 64 are free, 10 are what 20 pairs take."""
+    gb, allocated, peaks = 2**30, iter([4, 8]), iter([9, 14])
+    for name, f in dict(is_available=lambda: True, memory_allocated=lambda: next(allocated) * gb,
+                        max_memory_allocated=lambda: next(peaks) * gb, reset_peak_memory_stats=lambda: None,
+                        mem_get_info=lambda: (70 * gb, 80 * gb), memory_reserved=lambda: 10 * gb).items():
+        monkeypatch.setattr(torch.cuda, name, f)
+    for quiet in (False, True):
+        with train_rl.card_memory(options(micro_batch=20), 33, quiet):
+            pass
+    assert capsys.readouterr().out == ("memory: 9.0 GB to draw and to reward, 14.0 to learn from 20 pairs at once, of "
+                                       "80.0: some --micro_batch=128 would fit\n")
 
 
 def advantages(r, groups, advantage="reward", top=1.0):
@@ -1354,6 +1411,28 @@ def test_latent_conventions_golden(tmp_path):
         assert sum(p.numel() for p in model.parameters()) == size and models.image_size(model) == 32
 
 
+def test_decoder_in_float16_is_within_one_level():
+    """As on a GPU, where it draws in float16."""
+    g, w = golden("vae_tiny.npz"), models.read_vae(path_of("vae_tiny_oldattn.bin"))
+    half = {k: models.halved(x) for k, x in w.items()}
+    z = torch.from_numpy(g["sit_latent"]) / 0.18215
+    levels = [(127.5 * models.vae_decode(weights, z.to(weights["post_quant_conv.bias"])).float() + 128).clamp(
+        0, 255).to(torch.uint8).int() for weights in (w, half)]
+    assert (levels[0] - levels[1]).abs().max() == 1, "and some differ"
+
+
+def test_what_is_measured_is_not_rounded(monkeypatch):
+    """TF32, allowed to what draws and learns, is off inside feature networks and neighbour metrics, and on again."""
+    matmul, seen = types.SimpleNamespace(allow_tf32=True), []
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    allowed = lambda: (matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    for place, name in ((fid.F, "conv2d"), (torch.nn.Conv2d, "forward"), (torch, "cdist")):
+        f = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, f=f, **k: seen.append(allowed()) or f(*a, **k))
+    fid.prdc(*fid.feature_net("tiny")(fid.tiny_images(40, 0)[0]).split(20))
+    assert len(seen) > 5 and set(seen) == {(False, False)} and allowed() == (True, True)
+
+
 def test_vae_refuses(tmp_path):
     w = torch.load(path_of("vae_tiny_oldattn.bin"), weights_only=True)
     weight = "decoder.conv_in.weight"
@@ -1365,49 +1444,10 @@ def test_vae_refuses(tmp_path):
     assert "needs no VAE" in mistakes(sample, "--vae", path_of("vae_tiny_oldattn.bin"))[1]
 
 
-INCEPTION = {       # block: its layers, each with channels out, channels in and the kernel if it is not 1x1
-    "Conv2d_": "1a_3x3 32 3 3x3, 2a_3x3 32 32 3x3, 2b_3x3 64 32 3x3, 3b_1x1 80 64, 4a_3x3 192 80 3x3",
-    **{f"Mixed_5{b}.branch": f"1x1 64 {i}, 5x5_1 48 {i}, 5x5_2 64 48 5x5, 3x3dbl_1 64 {i}, 3x3dbl_2 96 64 3x3, "
-       f"3x3dbl_3 96 96 3x3, _pool {p} {i}" for b, i, p in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))},
-    "Mixed_6a.branch": "3x3 384 288 3x3, 3x3dbl_1 64 288, 3x3dbl_2 96 64 3x3, 3x3dbl_3 96 96 3x3",
-    **{f"Mixed_6{b}.branch": f"1x1 192 768, 7x7_1 {c} 768, 7x7_2 {c} {c} 1x7, 7x7_3 192 {c} 7x1, 7x7dbl_1 {c} 768, "
-       f"7x7dbl_2 {c} {c} 7x1, 7x7dbl_3 {c} {c} 1x7, 7x7dbl_4 {c} {c} 7x1, 7x7dbl_5 192 {c} 1x7, _pool 192 768"
-       for b, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192))},
-    "Mixed_7a.branch": "3x3_1 192 768, 3x3_2 320 192 3x3, 7x7x3_1 192 768, 7x7x3_2 192 192 1x7, 7x7x3_3 192 192 7x1, "
-                       "7x7x3_4 192 192 3x3",
-    **{f"Mixed_7{b}.branch": f"1x1 320 {i}, 3x3_1 384 {i}, 3x3_2a 384 384 1x3, 3x3_2b 384 384 3x1, 3x3dbl_1 448 {i}, "
-       f"3x3dbl_2 384 448 3x3, 3x3dbl_3a 384 384 1x3, 3x3dbl_3b 384 384 3x1, _pool 192 {i}"
-       for b, i in (("b", 1280), ("c", 2048))},
-}
-
-
-def inception_weights():
-    """The state dict of golden/inception.npz: names and shapes of the published file, values by the README's rule."""
-    shapes = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
-    for block, rows in INCEPTION.items():
-        for layer, channels, *rest in map(str.split, rows.split(", ")):
-            inputs, kernel = rest[0], rest[1] if rest[1:] else "1x1"
-            shapes[f"{block}{layer}.conv.weight"] = tuple(map(int, (channels, inputs, *kernel.split("x"))))
-            for k in ("weight", "bias", "running_mean", "running_var"):
-                shapes[f"{block}{layer}.bn.{k}"] = (int(channels),)
-            shapes[f"{block}{layer}.bn.num_batches_tracked"] = ()
-    normal = lambda std: lambda r, shape: r.standard_normal(shape) * std
-    uniform = lambda low, high: lambda r, shape: r.uniform(low, high, shape)
-    rules = {"conv.weight": lambda r, shape: r.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])),
-             "bn.weight": uniform(0.7, 1.3), "bn.bias": normal(0.1), "bn.running_mean": normal(0.1),
-             "bn.running_var": uniform(0.6, 1.4), "bn.num_batches_tracked": lambda r, shape: 0,
-             "fc.weight": normal(np.sqrt(1 / 2048)), "fc.bias": normal(0.5)}
-    weights = {}
-    for k, shape in shapes.items():
-        drawn = rules[".".join(k.split(".")[-2:])](np.random.RandomState(zlib.crc32(k.encode())), shape)
-        weights[k] = torch.from_numpy(np.asarray(drawn, np.float32 if shape else np.int64))
-    return weights
-
-
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth")
-    torch.save(inception_weights(), path)
+    torch.save(bench.inception_weights(), path)
     return path
 
 
@@ -1833,6 +1873,22 @@ def test_fid_as_typed(tmp_path):
     assert code == 0 and json.load(open(tmp_path / "g.json"))["fid"] < 1e-6, err
 
 
+def test_half_precision_in_every_script(tmp_path):
+    drawn, scores = [], []
+    for more in ([], ["--bf16"]):
+        for ckpt in ("sit-tiny", "edm2-tiny"):
+            assert run(sample, "--num=5", "--steps=2", f"--ckpt={ckpt}", "--out", tmp_path, "--npz",
+                       tmp_path / "s.npz", *more)[0] == 0
+            drawn.append(np.load(tmp_path / "s.npz")["arr_0"].astype(int))
+        assert run(fid, "--num=300", "--num_real=400", "--num_prdc=100", "--json", tmp_path / "f.json", *more)[0] == 0
+        scores.append(json.load(open(tmp_path / "f.json"))["fid"])
+        assert run(merge_rl, *BRIEF, "--budget=500", "--num=0", "--out", tmp_path / "m", *more)[0] == 0
+        scores.append(json.load(open(tmp_path / "m" / "result.json"))["candidates"][-1]["fd"])
+    for exact, rounded in ((drawn[0], drawn[2]), (drawn[1], drawn[3])):
+        assert 0 < np.abs(exact - rounded).mean() < 1.5, "grey levels"
+    assert all(0 < abs(rounded / exact - 1) < 0.15 for exact, rounded in zip(scores[:2], scores[2:])), scores
+
+
 def test_labels_are_balanced_or_random(monkeypatch):
     """Random labels are uniform, the image's own whatever their number; the error bar holds the variance of classes."""
     drawn, draw, model, net = [], fid.generate, models.load(), fid.feature_net("factors")
@@ -1848,9 +1904,21 @@ def test_labels_are_balanced_or_random(monkeypatch):
 
 
 def test_bench_as_typed():
-    code, out, _ = run(bench, "--dim=16", "--num=200", "--subset=5", "--candidates=3")
-    assert code == 0 and len(re.findall(r"^(?:gain|leave-one-out): determinants.* ms +\S+e-1\d", out, re.M)) == 2, out
+    code, out, _ = run(bench, "--parts", "reward", "parity", "--dim=16", "--num=200", "--subset=5", "--candidates=3")
+    assert code == 0 and "no GPU: nothing to compare" in out
+    assert len(re.findall(r"^(?:gain|leave-one-out): determinants.* ms +error \S+e-1\d", out, re.M)) == 2, out
     assert "needed is subset <= num" in mistakes(bench, "--num=5")[1]
+    assert "choose networks" in mistakes(bench, "--parts=speed")[1]
+
+
+def test_phases_time_what_they_name_and_leave_no_trace():
+    thing = types.SimpleNamespace(work=lambda x: time.sleep(0.02) or 2 * x)
+    work = thing.work
+    with bench.Phases((thing, "work")) as clock:
+        assert thing.work(2) == 4 and thing.work(3) == 6
+    assert len(clock.seconds["work"]) == 2 and min(clock.seconds["work"]) >= 0.02 and thing.work is work
+
+
 
 
 def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch, inception_file):
@@ -2490,9 +2558,9 @@ def test_edm2_trajectories_golden():
         for name, net, steps in (("sample", model, sample.schedule("", 8, sigmas=(0.002, 80.0))),
                                  ("sample_guided", guided, sample.schedule("heun", 8, sigmas=(0.002, 80.0))),
                                  ("sample_churn", model, plan)):
-            recorded = [iter(torch.stack([g["noise"][i], *g["churn_noise"][:, i]]).to(dtype)) for i in range(3)]
+            recorded = torch.cat([g["noise"][None], g["churn_noise"]]).transpose(0, 1).to(dtype)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "randn", lambda *a, generator=None, **k: next(recorded[generator.initial_seed()]))
+                patch.setattr(sample, "noise_of", lambda *rest: recorded)
                 *_, (found[name], _) = sample.trajectory(net, [0, 1, 2], labels, steps)
         return found
 
@@ -3339,7 +3407,7 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, monkeypatc
     (pairs, loss), kl, draw = train_rl.OBJECTIVES["ppo"], train_rl.path_kl, train_rl.gather
     argv = [*SHORT, "--out", tmp_path, "--save_every=2"]
     of = dict(loss=(train_rl.OBJECTIVES, "ppo", (pairs, lambda *a: (lambda x, *r: (x * math.nan, *r))(*loss(*a)))),
-              path_kl=(vars(train_rl), "path_kl", lambda *a: math.inf),
+              path_kl=(vars(train_rl), "path_kl", lambda *a: (math.inf, math.inf)),
               features=(vars(train_rl), "gather", lambda x, n: draw(x, n) * (math.nan if n == 80 else 1)))
     for name, (place, key, broken) in of.items():
         assert run(train_rl, *argv, "--iters=2")[0] == 0
@@ -3451,6 +3519,61 @@ def test_ranks_may_change_in_mid_run(tmp_path, in_turns, moved):
     began = [open(out / "log.jsonl").readlines()[:2] for out in (in_turns, tmp_path / "whole")]
     assert began[0] == began[1]
     assert_same_run(in_turns, tmp_path / "whole", tmp_path / "moved")
+
+
+# ---- On a GPU, where there is one ------------------------------------------------------------------------------------
+
+def process_on_gpu(script, *argv, launcher=()):
+    """A script as typed; in deterministic algorithms and float32, so that it can be compared."""
+    environment = dict(os.environ, NVIDIA_TF32_OVERRIDE="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    call = ["-c", f"import sys, torch; torch.use_deterministic_algorithms(True); import {script}; {script}.main()"]
+    done = subprocess.run([sys.executable, *(launcher or call), *map(str, argv)], capture_output=True, text=True,
+                          timeout=300, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@on_gpu
+def test_gpu_and_cpu_agree():
+    share, largest, features, gains, update = bench.parity(torch.device("cuda"))
+    assert share < 1e-3 and largest <= 1 and features < 1e-4 and gains < 1e-10 and update < 1e-4
+
+
+@on_gpu
+@pytest.mark.parametrize("script, argv", [
+    *[("train_rl", ["--iters=2", "--num=200", "--batch=80", *argv]) for argv in (
+        [], ["--bf16", "--compile"], ["--bf16", "--ckpt=edm2-tiny"], [FORWARD, "--samplers", "flow", "euler"], [PATHWISE],
+        [SUBSETS, "--top=0.5", "--epochs=2"], [SUBSETS, "--refresh=1", "--reference=200"], [SUBSETS, "--reward=kid"],
+        ["--reward=sample", "--features", "tiny", "tiny2", "--cfg=1.5", "--bf16", FORWARD, "--ckpt=edm2-tiny"])],
+    ("merge_rl", ["--budget=3000", "--num=200", "--bf16"]), ("sample", ["--ckpt=edm2-tiny", "--bf16"]),
+    ("fid", ["--num=500", "--num_real=500", "--features", "tiny2", "tiny", "factors", "--bf16"])])
+def test_as_typed_on_a_gpu(tmp_path, script, argv):
+    out = process_on_gpu(script, *argv, *[f"--out={tmp_path}"][:script != "fid"])
+    assert script != "train_rl" or "some --micro_batch=" in out
+
+
+@on_gpu
+def test_decoder_on_a_gpu_is_within_one_level():
+    g, model = golden("vae_tiny.npz"), latent_model("sit").to("cuda")
+    models.attach_vae(model, path_of("vae_tiny_oldattn.bin"))
+    with torch.no_grad():
+        found = sample.decode(model, torch.from_numpy(g["sit_latent"]).to("cuda")).cpu().numpy().astype(int)
+    assert np.abs(found - g["sit_uint8"].transpose(0, 3, 1, 2)).max() <= 1
+
+
+@on_gpu
+def test_resumed_on_a_gpu_is_uninterrupted(tmp_path):
+    common = ["--num=0", "--batch=80", "--cosine=false"]
+    for name, *more in (("whole", "--iters=4"), ("parts", "--iters=2"), ("parts", "--iters=4", "--resume")):
+        process_on_gpu("train_rl", *common, *more, f"--out={tmp_path / name}")
+    whole, parts = (flat(models.load(str(tmp_path / name / "ckpt.pt"))) for name in ("whole", "parts"))
+    assert torch.equal(whole, parts)
+
+
+@on_gpu
+def test_nccl_of_one_rank(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--", "train_rl.py"]
+    process_on_gpu("train_rl", "--iters=2", "--num=200", "--batch=80", f"--out={tmp_path}", launcher=launcher)
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from fid import compare, public, reward_networks, table_of
 from models import (Recomputed, Stop, configure, fail, gather, move_aside, moved, normalize_filters,
                     print0, save, setup, take_preset, whole, writable)
 from reward import KernelSet, ReferenceSet, Stream, long_enough
-from sample import (Schedule, decode, gaussian_step, generate, image_seeds, load_guided, log_prob, renoise,
+from sample import (Schedule, compiled, decode, gaussian_step, generate, image_seeds, load_guided, log_prob, renoise,
                     save_curves, save_grid, schedule, trajectory)
 
 # -----------------------------------------------------------------------------
@@ -57,7 +57,8 @@ noise = -1.0 # noise level of the SDE; -1: 0.5 for SiT, 0.7 for EDM2
 cfg = 1.0 # guidance scale; 1: none
 guide = "" # autoguidance: a weaker network in place of the null class
 batch_size = 250 # images in one pass, per rank
-bf16 = False # the network of rollouts, updates and evaluation in bfloat16, all else in float32
+bf16 = False # the network in 16 bits, SiT's bfloat16 and EDM2's float16, all else in float32
+compile = False # compile the block that a SiT repeats: seconds to begin with, faster passes on a GPU
 # reward
 reward = "fd" # fd; kid; sample: the contrast, log-density of each image's features under the real Gaussian
 features = [] # feature networks of the reward; empty: tiny for images of 16 px, else inception
@@ -157,7 +158,7 @@ def main(argv=None):
 
     # The base, to which an anchor holds; the average, which is what counts in the end; a learner for each sampler.
     params = [p for p in model.parameters() if p.requires_grad]
-    base, average = [p.detach().clone() for p in params], copy.deepcopy(model)
+    base, average = [p.detach().clone() for p in params], compiled(copy.deepcopy(model), c.compile)
     average_params = [p for p in average.parameters() if p.requires_grad]
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     learners, drawn = begin_learners(c, model, nets, real, plans, params, state)
@@ -323,7 +324,7 @@ def begin_learners(c, model, nets, real, plans, params, state):
             reference = ReferenceSet(features, real.mu, real.cov)
         else:
             reference = Stream(features, real.mu, real.cov, memory)
-        optimizer = torch.optim.Adam(params, c.lr, betas=(c.beta1, c.beta2))
+        optimizer = torch.optim.Adam(params, c.lr, betas=(c.beta1, c.beta2), fused=device.type == "cuda")
         learners[name] = Learner(plan, nets, reference, labels, optimizer)
     return learners, drawn
 
@@ -479,7 +480,7 @@ def ppo_loss(model, part, old, learner, c):
     log_ratio = log_p - (log_p.detach() if old is None else old)
     ratio, bounded = log_ratio.exp(), log_ratio.clamp(-c.clip, c.clip).exp()
     loss = -torch.minimum(ratio * part["advantage"], bounded * part["advantage"])
-    return loss, log_p.detach(), (log_ratio.abs() > c.clip).float().mean().item()
+    return loss, log_p.detach(), (log_ratio.abs() > c.clip).float().mean()
 
 
 OFFSET = 0.2        # added to the advantages of single images: some plain training on what the network draws
@@ -556,19 +557,22 @@ def learn(c, ddp, learner, rollout, it, rng):
     if "advantage" in pairs:                # what was not selected is not trained on
         used = pairs["advantage"] != 0
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
+        used = used.nonzero().flatten()
         pairs = {k: x[used] for k, x in pairs.items()}
     limited = c.kl_limit > 0 and len(plan.noisy) > 0
     if limited:
-        before = probe(model, rollout, plan, c) if c.bf16 else rollout.outputs[plan.noisy]
-    norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
-    kl, halvings = None, 0
+        steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
+        before = probe(model, rollout, plan, steps)
+    with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
+        norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
+    kl, kl_se, halvings = None, None, 0
     if limited:
-        kl = path_kl(plan, before, probe(model, rollout, plan, c), min(PROBED, c.batch))
+        kl, kl_se = path_kl(plan, steps, chance, before, probe(model, rollout, plan, steps))
     if not (math.isfinite(norm) and math.isfinite(kl or 0)):
         fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
     if kl:
         kl, halvings = trust_region(kl, c.kl_limit, params, start)
-    return dict(kl=kl, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
+    return dict(kl=kl, kl_se=kl_se, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
 
 
 def optimize(ddp, learner, pairs, loss_of, c, weight):
@@ -589,27 +593,54 @@ def optimize(ddp, learner, pairs, loss_of, c, weight):
         norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf if c.objective == "pathwise" else 1.0).item()
         learner.optimizer.step()
     normalize_filters(ddp)
-    return norm, clipped
+    return norm, float(clipped)
 
 
-PROBED = 64     # images that the path KL is measured on, those of the smallest index on any number of ranks
+@contextmanager
+def card_memory(c, pairs, quiet):
+    """Around the first update on a GPU: what was taken at the peak, and how large a --micro_batch would fit."""
+    if quiet or not torch.cuda.is_available():
+        yield
+        return
+    start, draw, at_once = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), min(pairs, c.micro_batch)
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    update, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    fits = at_once * (0.9 * room - kept) / max(1, update - start)           # activations grow with the micro-batch
+    print0(f"memory: {draw / 2**30:.1f} GB to draw and to reward, {update / 2**30:.1f} to learn from {at_once} pairs at "
+           f"once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
+
+
+PROBED = 32     # (image, step) pairs that the path KL is measured on: a few percent of its value, under 2 % of the time
+
+
+def probed_steps(plan, count, rng):
+    """A noisy step for each of the first `count` images, and its chance (count,): in proportion to kappa^(1/2)."""
+    chance = plan.kappa[plan.noisy].double().sqrt()
+    chance = chance / chance.sum()
+    place = (torch.arange(count) + torch.rand(1, generator=rng)) / count                # each step as often as expected
+    k = torch.searchsorted(chance.cumsum(0), place.double()).clamp(max=len(chance) - 1)
+    k = k[torch.randperm(count, generator=rng)]
+    return plan.noisy[k], chance[k]
 
 
 @torch.no_grad()
-def probe(model, rollout, plan, c):
-    """What the network says at the noisy steps of this rank's share of PROBED images: (noisy steps, n, C, H, W)."""
-    n, model = len(range(dist.get_rank(), min(PROBED, c.batch), dist.get_world_size())), copy.copy(model)
+def probe(model, rollout, plan, steps):
+    """What the network says at `steps` (count,) of the images of the smallest index, of which this rank has some."""
+    model, own = copy.copy(model), steps[dist.get_rank()::dist.get_world_size()]
     model.bf16 = False                      # whose rounding alone is 0.1 nats of path KL and more
-    x, y = rollout.states[plan.noisy, :n], rollout.labels[:n]
-    return torch.stack([model(x[j], x.new_full((n,), t), y) for j, t in enumerate(plan.t[plan.noisy].tolist())])
+    i = torch.arange(len(own))
+    x = rollout.states[own, i]
+    return model(x, plan.t[own].to(x.device), rollout.labels[i])
 
 
-def path_kl(plan, before, after, count):
-    """KL of the paths of `count` images, new policy against old, sum_t kappa_t |v - v_old|^2: mean, in nats."""
-    change = (after - before[:, :after.shape[1]]).double().square().flatten(1).sum(1)
-    kl = plan.kappa[plan.noisy].to(change) @ change
-    dist.all_reduce(kl)
-    return kl.item() / count
+def path_kl(plan, steps, chance, before, after):
+    """KL of an image's path, new policy against old, sum_t kappa_t |v - v_old|^2, and its standard error, in nats."""
+    weight = (plan.kappa[steps] / chance)[dist.get_rank()::dist.get_world_size()]
+    own = weight.to(after.device) * (after - before).double().square().flatten(1).sum(1)
+    each = gather(own, len(steps))[steps.argsort()]                     # neighbours in the sampler differ by chance alone
+    return each.mean().item(), (each.diff().square().mean() / (2 * len(each))).sqrt().item()
 
 
 @torch.no_grad()
