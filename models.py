@@ -215,7 +215,7 @@ class UNetBlock(Recomputed):
         if self.heads:
             B, C, H, W = x.shape
             qkv = self.attn_qkv(x).view(B, self.heads, C // self.heads, 3, H * W)       # q, k, v innermost of channels
-            q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2)                          # (B, heads, HW, C / heads)
+            q, k, v = normalize(qkv, 2).permute(3, 0, 1, 4, 2).contiguous()             # (B, heads, HW, C / heads)
             y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
             x = mp_sum(x, self.attn_proj(y), 0.3)
         return x.clamp(-256, 256)
@@ -341,7 +341,7 @@ def vae_decode(w, z):
 
     def attention(name, x):                 # one head over all positions
         h = norm(f"{name}.group_norm", x).flatten(2).transpose(1, 2)                    # (B, h w, C)
-        h = F.scaled_dot_product_attention(*(F.linear(h, *get(f"{name}.to_{k}")) for k in "qkv"))
+        h = F.scaled_dot_product_attention(*(F.linear(h, *get(f"{name}.to_{k}"))[:, None] for k in "qkv"))[:, 0]
         return x + F.linear(h, *get(f"{name}.to_out.0")).transpose(1, 2).reshape(x.shape)
 
     x = conv("decoder.conv_in", conv("post_quant_conv", z))
@@ -385,7 +385,8 @@ def attach_vae(model, path):
     def vae(x):
         chunk = max(1, 2**13 // x[0, 0].numel())        # 8 images of 256 px in one pass: some 2 GB
         own = w if torch.is_grad_enabled() else half
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not torch.are_deterministic_algorithms_enabled(),
+                                        allow_tf32=torch.backends.cudnn.allow_tf32):
             images = torch.cat([vae_decode(own, (part / scale + mean).to(own["post_quant_conv.bias"])).float()
                                 for part in x.float().split(chunk)])
         return (convention["gain"] * images + convention["offset"]).clamp(0, 255)
@@ -752,12 +753,15 @@ def setup():
 
 
 @contextmanager
-def exact():
-    """What is measured: products in float32 on a GPU too, where TF32 would cost FID its third digit."""
-    matmul = torch.backends.cuda.matmul
+def exact(benchmark=False):
+    """
+    What is measured: products in float32 on a GPU too, where TF32 would cost FID its third digit. benchmark: convolutions
+    are tried out, once for every shape, and the fastest way is kept.
+    """
+    matmul, benchmark = torch.backends.cuda.matmul, benchmark and not torch.are_deterministic_algorithms_enabled()
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
             yield
     finally:
         matmul.allow_tf32 = before

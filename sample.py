@@ -232,7 +232,7 @@ def load_guided(c, device):
 
 
 def compiled(model, wanted=True):
-    """The model; if wanted, with its blocks compiled: one graph for all of them. A copy of it is compiled anew."""
+    """The model; if wanted, with its blocks compiled, in one graph for all. A copy is not, until it comes here too."""
     for block in model.model.blocks if wanted else []:
         block.compile()
     return model
@@ -377,7 +377,8 @@ def main(argv=None):
         labels = indices % model.num_classes if c.label < 0 else torch.full_like(indices, c.label)
         seeds = image_seeds(c.seed, "select", indices)
         batches = generate(model, seeds, labels, c.sampler, c.steps, 1.0, c.batch_size, c.noise)
-        images = gather(torch.cat(list(watched(batches, -(-len(indices) // c.batch_size)))), c.num)
+        batches = watched(batches, -(-len(indices) // c.batch_size))
+        images = gather(torch.cat([batch.cpu() for batch in batches]), c.num)
         seconds = time.time() - began
         if rank == 0:
             save_grid(grid, images[:400])

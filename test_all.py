@@ -808,8 +808,9 @@ def test_checkpointing_changes_memory_alone(family):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 @pytest.mark.parametrize("family", ["sit", "edm2"])
-def test_half_precision_of_the_network_alone(family, device):
+def test_half_precision_of_the_network_alone(family, device, monkeypatch):
     """Spread of the log-ratio, in nats: between rollout and replay, against float32, and with log-probs in bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: GPU)            # else autocast leaves a GPU alone
     model = (models.load() if family == "sit" else random_edm2()).to(device)
     half, full = sample.Guided(model, bf16=True), sample.Guided(model)
     name = "flow" if family == "sit" else "ancestral"
@@ -832,6 +833,26 @@ def test_half_precision_of_the_network_alone(family, device):
         ratios["bfloat16"].append(sample.log_prob(*(x.bfloat16() for x in (states[k + 1], mean, std))) - rolled)
     spread = {form: torch.cat(x).std().item() for form, x in ratios.items()}
     assert max(4 * spread["replay"], 0.005) < spread["float32"] < spread["bfloat16"] / 4, spread
+
+
+@pytest.mark.parametrize("objective", ["ppo", "forward"])
+def test_gradients_of_edm2_in_half_precision(objective):
+    """A loss that is divided by the number of images before float16 sees it would lose most of them."""
+    model, plan, c = random_edm2(), sample.schedule("ancestral", 5, None, (0.1, 10.0)), options(times=2, micro_batch=480)
+    labels, (pairs_of, loss_of) = torch.arange(48) % 10, train_rl.OBJECTIVES[objective]
+    states, outputs = train_rl.roll_out(sample.Guided(model), torch.arange(48), labels, plan, 0, 48)
+    rollout = train_rl.Rollout(states, outputs, labels, torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    found = {}
+    for bf16 in (False, True):
+        guided = sample.Guided(model, bf16=bf16)
+        ddp = torch.nn.parallel.DistributedDataParallel(guided)
+        pairs = pairs_of(rollout, train_rl.Learner(plan, *4 * [None]), guided, c, torch.Generator().manual_seed(0))
+        learner = train_rl.Learner(plan, None, None, None, torch.optim.SGD(model.parameters(), 0.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, most: torch.tensor(1.0))
+            train_rl.optimize(ddp, learner, pairs, loss_of, c, 1e-3 / 480)
+        found[bf16] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone()
+    assert error(found[True], found[False]) < 0.05 and (found[True] == 0).float().mean() < 0.01
 
 
 def test_pairs_hold_what_the_sampler_did():
@@ -898,8 +919,8 @@ def test_memory_of_a_card_in_one_line(monkeypatch, capsys):
     for quiet in (False, True):
         with train_rl.card_memory(options(micro_batch=20), 33, quiet):
             pass
-    assert capsys.readouterr().out == ("memory: 9.0 GB to draw and to reward, 14.0 to learn from 20 pairs at once, of "
-                                       "80.0: some --micro_batch=128 would fit\n")
+    assert capsys.readouterr().out == ("memory: 9.0 GB to evaluate, draw and reward, 14.0 to learn from 20 pairs at once, "
+                                       "of 80.0: some --micro_batch=128 would fit\n")
 
 
 def advantages(r, groups, advantage="reward", top=1.0):
@@ -3536,7 +3557,7 @@ def process_on_gpu(script, *argv, launcher=()):
 @on_gpu
 def test_gpu_and_cpu_agree():
     share, largest, features, gains, update = bench.parity(torch.device("cuda"))
-    assert share < 1e-3 and largest <= 1 and features < 1e-4 and gains < 1e-10 and update < 1e-4
+    assert share < 1e-3 and largest <= 1 and features < 1e-4 and gains < 1e-10 and update < 0.02
 
 
 @on_gpu

@@ -549,7 +549,6 @@ def learn(c, ddp, learner, rollout, it, rng):
     whole batch, so that they do not depend on the ranks. Exit code 1 if the update is not finite.
     """
     model, plan, params = ddp.module, learner.plan, [p for p in ddp.parameters() if p.requires_grad]
-    start = [p.detach().clone() for p in params]
     lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
     learner.optimizer.param_groups[0]["lr"] = lr
     pairs_of, loss_of = OBJECTIVES[c.objective]
@@ -561,6 +560,7 @@ def learn(c, ddp, learner, rollout, it, rng):
         pairs = {k: x[used] for k, x in pairs.items()}
     limited = c.kl_limit > 0 and len(plan.noisy) > 0
     if limited:
+        start = [p.detach().clone() for p in params]
         steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
         before = probe(model, rollout, plan, steps)
     with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
@@ -586,9 +586,10 @@ def optimize(ddp, learner, pairs, loss_of, c, weight):
         for j, part in enumerate(parts):
             with nullcontext() if j == len(parts) - 1 else ddp.no_sync():
                 loss, new_old, share = loss_of(ddp, part, old[j], learner, c)
-                (loss.sum() * weight).backward()
+                loss.sum().backward()       # the weight comes later: float16 has no room for gradients so small
             old[j] = new_old if old[j] is None else old[j]
             clipped += share / len(parts)
+        torch._foreach_mul_([p.grad for p in ddp.parameters() if p.grad is not None], weight)
         # The gradient of FD itself has its own scale, which Adam takes out.
         norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), math.inf if c.objective == "pathwise" else 1.0).item()
         learner.optimizer.step()
@@ -608,8 +609,8 @@ def card_memory(c, pairs, quiet):
     update, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     fits = at_once * (0.9 * room - kept) / max(1, update - start)           # activations grow with the micro-batch
-    print0(f"memory: {draw / 2**30:.1f} GB to draw and to reward, {update / 2**30:.1f} to learn from {at_once} pairs at "
-           f"once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
+    print0(f"memory: {draw / 2**30:.1f} GB to evaluate, draw and reward, {update / 2**30:.1f} to learn from {at_once} pairs "
+           f"at once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
 
 
 PROBED = 32     # (image, step) pairs that the path KL is measured on: a few percent of its value, under 2 % of the time

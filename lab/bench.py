@@ -187,8 +187,8 @@ def of_network(name, model, images, few):
     for form, (bf16, how) in (forms | {half: (True, contextlib.nullcontext)}).items():
         network = Guided(model, bf16=bf16)
 
-        def learn():
-            loss = (network(x[:few], t[:few], y[:few]) * x[:few].flip(0)).sum() / 480       # as in a batch of 480
+        def learn():                        # the gradient in the output as --objective=forward has it
+            loss = (network(x[:few], t[:few], y[:few]) * x[:few].flip(0)).flatten(1).mean(1).sum()
             gradients[form] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
 
         with how():
@@ -243,15 +243,19 @@ def networks(c, folder, device):
 class Phases:
     """Seconds of the named functions of a module or class, call by call, while inside."""
     def __init__(self, *named):
-        self.named, self.seconds = named, {name: [] for _, name in named}
+        self.named, self.seconds, self.within = named, {name: [] for _, name in named}, False
 
     def timed(self, f, name):
         def timed(*args, **kwargs):
+            if self.within and name != "probe":         # of a phase that is already timed
+                return f(*args, **kwargs)
+            self.within = name == "optimize"
             wait()
             began = time.perf_counter()
             found = f(*args, **kwargs)
             wait()
             self.seconds[name].append(time.perf_counter() - began)
+            self.within = False
             return found
         return timed
 
@@ -291,13 +295,18 @@ def iteration(name, folder, *options):
                    (train_rl, "optimize"), (train_rl, "probe"), (train_rl, "learn"))
     said = io.StringIO()
     with without_files(), clock, contextlib.redirect_stdout(said):
-        train_rl.main([*files, *options])
+        try:
+            train_rl.main([*files, *options])
+        except SystemExit:
+            print(said.getvalue(), file=sys.stderr)
+            raise
     draw, decoding, features, reward, update, learn = (clock.seconds[k][-1] for k in (
         "roll_out", "decode", "__call__", "rewards_of", "optimize", "learn"))
     probes = sum(clock.seconds["probe"][-2:])
     total = draw + decoding + features + reward + learn
+    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at the peak" if torch.cuda.is_available() else ""
     row(name, f"{total:.2f} s", f"draw {draw:.2f}, decode {decoding:.2f}, features {features:.2f}, reward {reward:.2f}, "
-        f"update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%})")
+        f"update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%}){peak}")
     for line in said.getvalue().splitlines():
         if line.startswith("memory"):
             print(f"  {line}")
@@ -309,7 +318,7 @@ def iterations(c, folder, device):
     iteration(f"ppo, {c.images} images, 20 steps of which 4 are trained, --bf16", folder, *common,
               f"--batch={c.images}", "--times=4", "--reference=2560")
     iteration(f"--preset=paper, {c.paper} images, --bf16", folder, "--preset=paper", "--bf16", "--micro_batch=64",
-              f"--batch={c.paper}", f"--batch_size={c.images}", f"--subset={c.paper // 4}", "--reference=5000")
+              f"--batch={c.paper}", f"--batch_size={c.paper // 2}", f"--subset={c.paper // 4}", "--reference=5000")
     iteration(f"pathwise, {c.pathwise} images, horizon 2, --bf16", folder, *common, f"--batch={c.pathwise}",
               "--objective=pathwise", "--horizon=2", "--micro_batch=8", "--reference=2560")
 
@@ -319,8 +328,9 @@ def iterations(c, folder, device):
 def parity(device):
     """
     The same small job on a CPU and on `device`, both in float32. Returns the share of uint8 values that differ, their
-    largest difference, and the relative errors of features, of exact gains and of the weights after one update.
+    largest difference, and the relative errors of features, of exact gains and of the change of the weights by an update.
     """
+    torch.cuda.empty_cache()
     found, cpu = {}, torch.device("cpu")
     for place in (cpu, device):
         model = load("sit-tiny-skewed", place)
@@ -339,15 +349,17 @@ def parity(device):
 
 
 def update_of(device):
-    """The weights (n,) after one iteration of train_rl.py, as a process of its own, without TF32."""
+    """How one iteration of train_rl.py, as a process of its own, without TF32, changes the weights (n,)."""
     environment = dict(os.environ, NVIDIA_TF32_OVERRIDE="0")
     if device.type == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, train_rl.__file__, "--iters=1", "--num=0", "--ema=0", "--batch=200",
-                        f"--out={out}"], env=environment, check=True, capture_output=True)
-        model = load(os.path.join(out, "ckpt.pt"))
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+        done = subprocess.run([sys.executable, train_rl.__file__, "--iters=1", "--num=0", "--ema=0", "--batch=200",
+                               f"--out={out}"], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            fail(f"train_rl.py on {device}: {done.stderr[-2000:]}", code=1)
+        after, before = (load(path).parameters() for path in (os.path.join(out, "ckpt.pt"), "sit-tiny-skewed"))
+        return torch.cat([(p - q).detach().flatten() for p, q in zip(after, before)])
 
 
 def print_parity(device):
@@ -357,7 +369,7 @@ def print_parity(device):
     row("images that differ from the CPU's, of uint8 values", f"{share:.1e}", f"by at most {largest}")
     row("features, relative error", f"{features:.1e}")
     row("exact gains, relative error", f"{gains:.1e}")
-    row("weights after one update, relative error", f"{update:.1e}")
+    row("one update of the weights, relative error", f"{update:.1e}")
 
 
 # ---- The reward beside the usual way --------------------------------------------------------------------------------
@@ -394,6 +406,8 @@ def reward(c, device):
     members, few = features[slots], min(3, c.candidates)
 
     print(f"reward: d {c.dim}, N {c.num}, {c.candidates} candidates of {c.subset} images")
+    for first in (torch.linalg.eigvalsh, torch.linalg.cholesky, torch.linalg.slogdet):      # libraries are loaded
+        first(torch.eye(64, dtype=torch.float64, device=device))
     reference, counting, _ = timed("moments of all", lambda: ReferenceSet(features, real_mu, real_cov))
     fd, *_ = timed("a new state: one eigendecomposition", lambda: reference.fd)
     real_root, moments = covariance_root(real_cov), reference.moments
@@ -442,13 +456,12 @@ def main(argv=None):
         print(f"torch {torch.__version__}, " + (torch.cuda.get_device_name() if gpu else "one thread of a CPU"))
         if not c.parts or {"networks", "iterations"} & set(c.parts):
             write_files(c, folder, device)
-        for name, part in (("networks", lambda: networks(c, folder, device)),
-                           ("iterations", lambda: iterations(c, folder, device)),
-                           ("parity", lambda: print_parity(device)), ("reward", lambda: reward(c, device))):
+        for name, part in (("parity", lambda: print_parity(device)), ("reward", lambda: reward(c, device)),
+                           ("networks", lambda: networks(c, folder, device)),
+                           ("iterations", lambda: iterations(c, folder, device))):
             if not c.parts or name in c.parts:
                 part()
-    print(f"memory at the peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
-          + (f", of the card in the last iteration {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if gpu else ""))
+    print(f"memory at the peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
 
 
 if __name__ == "__main__":
