@@ -755,8 +755,8 @@ def setup():
 @contextmanager
 def exact(benchmark=False):
     """
-    What is measured: products in float32 on a GPU too, where TF32 would cost FID its third digit. benchmark: convolutions
-    are tried out, once for every shape, and the fastest way is kept.
+    What is measured: products in float32 on a GPU too, where TF32 would cost FID its third digit. benchmark: ways to
+    convolve are tried out, once for every shape, and the fastest is kept.
     """
     matmul, benchmark = torch.backends.cuda.matmul, benchmark and not torch.are_deterministic_algorithms_enabled()
     before, matmul.allow_tf32 = matmul.allow_tf32, False

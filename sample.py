@@ -263,7 +263,7 @@ def trajectory(model, seeds, labels, plan):
     Yields the states x_0 (noise) .. x_K (clean) of one batch, each (B, C, H, W), each with the network's output there
     (None for the last). All randomness of an image comes from its own generator, so the batch does not matter.
     """
-    table = list(zip(*(row.tolist() for row in plan[1:])))              # numbers: nothing is copied to a GPU in the loop
+    table = list(zip(*(row.tolist() for row in plan[1:])))              # numbers: no copies to a GPU in the loop
     count = 1 + sum((std > 0) + (kick > 0) for *_, std, kick in table)
     noise = iter(noise_of(seeds, count, model.shape).to(labels.device).unbind(1))
     edm2 = model.family == "edm2"

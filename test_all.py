@@ -838,7 +838,8 @@ def test_half_precision_of_the_network_alone(family, device, monkeypatch):
 @pytest.mark.parametrize("objective", ["ppo", "forward"])
 def test_gradients_of_edm2_in_half_precision(objective):
     """A loss that is divided by the number of images before float16 sees it would lose most of them."""
-    model, plan, c = random_edm2(), sample.schedule("ancestral", 5, None, (0.1, 10.0)), options(times=2, micro_batch=480)
+    model, plan = random_edm2(), sample.schedule("ancestral", 5, None, (0.1, 10.0))
+    c = options(times=2, micro_batch=480)
     labels, (pairs_of, loss_of) = torch.arange(48) % 10, train_rl.OBJECTIVES[objective]
     states, outputs = train_rl.roll_out(sample.Guided(model), torch.arange(48), labels, plan, 0, 48)
     rollout = train_rl.Rollout(states, outputs, labels, torch.randn(48, generator=torch.Generator().manual_seed(0)))
@@ -919,8 +920,8 @@ def test_memory_of_a_card_in_one_line(monkeypatch, capsys):
     for quiet in (False, True):
         with train_rl.card_memory(options(micro_batch=20), 33, quiet):
             pass
-    assert capsys.readouterr().out == ("memory: 9.0 GB to evaluate, draw and reward, 14.0 to learn from 20 pairs at once, "
-                                       "of 80.0: some --micro_batch=128 would fit\n")
+    assert capsys.readouterr().out == ("memory: 9.0 GB to evaluate, draw and reward, 14.0 to learn from 20 pairs at "
+                                       "once, of 80.0: some --micro_batch=128 would fit\n")
 
 
 def advantages(r, groups, advantage="reward", top=1.0):
@@ -3563,8 +3564,8 @@ def test_gpu_and_cpu_agree():
 @on_gpu
 @pytest.mark.parametrize("script, argv", [
     *[("train_rl", ["--iters=2", "--num=200", "--batch=80", *argv]) for argv in (
-        [], ["--bf16", "--compile"], ["--bf16", "--ckpt=edm2-tiny"], [FORWARD, "--samplers", "flow", "euler"], [PATHWISE],
-        [SUBSETS, "--top=0.5", "--epochs=2"], [SUBSETS, "--refresh=1", "--reference=200"], [SUBSETS, "--reward=kid"],
+        [], ["--bf16", "--compile"], ["--bf16", "--ckpt=edm2-tiny"], [FORWARD, "--samplers", "flow", "euler"],
+        [PATHWISE], [SUBSETS, "--top=0.5", "--epochs=2"], [SUBSETS, "--refresh=1", "--reference=200"], [SUBSETS, "--reward=kid"],
         ["--reward=sample", "--features", "tiny", "tiny2", "--cfg=1.5", "--bf16", FORWARD, "--ckpt=edm2-tiny"])],
     ("merge_rl", ["--budget=3000", "--num=200", "--bf16"]), ("sample", ["--ckpt=edm2-tiny", "--bf16"]),
     ("fid", ["--num=500", "--num_real=500", "--features", "tiny2", "tiny", "factors", "--bf16"])])

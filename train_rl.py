@@ -609,8 +609,8 @@ def card_memory(c, pairs, quiet):
     update, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     fits = at_once * (0.9 * room - kept) / max(1, update - start)           # activations grow with the micro-batch
-    print0(f"memory: {draw / 2**30:.1f} GB to evaluate, draw and reward, {update / 2**30:.1f} to learn from {at_once} pairs "
-           f"at once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
+    print0(f"memory: {draw / 2**30:.1f} GB to evaluate, draw and reward, {update / 2**30:.1f} to learn from {at_once} "
+           f"pairs at once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
 
 
 PROBED = 32     # (image, step) pairs that the path KL is measured on: a few percent of its value, under 2 % of the time
@@ -640,7 +640,7 @@ def path_kl(plan, steps, chance, before, after):
     """KL of an image's path, new policy against old, sum_t kappa_t |v - v_old|^2, and its standard error, in nats."""
     weight = (plan.kappa[steps] / chance)[dist.get_rank()::dist.get_world_size()]
     own = weight.to(after.device) * (after - before).double().square().flatten(1).sum(1)
-    each = gather(own, len(steps))[steps.argsort()]                     # neighbours in the sampler differ by chance alone
+    each = gather(own, len(steps))[steps.argsort()]                     # neighbours: steps alike
     return each.mean().item(), (each.diff().square().mean() / (2 * len(each))).sqrt().item()
 
 

@@ -206,7 +206,7 @@ def of_network(name, model, images, few):
             first, seconds["compiled"] = seconds_of(lambda: network(x, t, y))
             found = error(network(x, t, y), outputs["float32"])
         row(f"{name}: forward, {images} latents, {half}, --compile", f"{1e3 * seconds['compiled']:.1f} ms",
-            f"error {found:.1e}; {first:.1f} s of warm-up, then {seconds[half] / seconds['compiled']:.2f} times as fast")
+            f"error {found:.1e}; {first:.1f} s of warm-up, {seconds[half] / seconds['compiled']:.2f} times as fast")
     return seconds
 
 
@@ -305,8 +305,8 @@ def iteration(name, folder, *options):
     probes = sum(clock.seconds["probe"][-2:])
     total = draw + decoding + features + reward + learn
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at the peak" if torch.cuda.is_available() else ""
-    row(name, f"{total:.2f} s", f"draw {draw:.2f}, decode {decoding:.2f}, features {features:.2f}, reward {reward:.2f}, "
-        f"update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%}){peak}")
+    row(name, f"{total:.2f} s", f"draw {draw:.2f}, decode {decoding:.2f}, features {features:.2f}, "
+        f"reward {reward:.2f}, update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%}){peak}")
     for line in said.getvalue().splitlines():
         if line.startswith("memory"):
             print(f"  {line}")
@@ -328,7 +328,7 @@ def iterations(c, folder, device):
 def parity(device):
     """
     The same small job on a CPU and on `device`, both in float32. Returns the share of uint8 values that differ, their
-    largest difference, and the relative errors of features, of exact gains and of the change of the weights by an update.
+    largest difference, and the relative errors of features, of exact gains and of what an update changes.
     """
     torch.cuda.empty_cache()
     found, cpu = {}, torch.device("cpu")
