@@ -3565,7 +3565,8 @@ def test_gpu_and_cpu_agree():
 @pytest.mark.parametrize("script, argv", [
     *[("train_rl", ["--iters=2", "--num=200", "--batch=80", *argv]) for argv in (
         [], ["--bf16", "--compile"], ["--bf16", "--ckpt=edm2-tiny"], [FORWARD, "--samplers", "flow", "euler"],
-        [PATHWISE], [SUBSETS, "--top=0.5", "--epochs=2"], [SUBSETS, "--refresh=1", "--reference=200"], [SUBSETS, "--reward=kid"],
+        [PATHWISE], [SUBSETS, "--top=0.5", "--epochs=2"], [SUBSETS, "--refresh=1", "--reference=200"],
+        [SUBSETS, "--reward=kid"],
         ["--reward=sample", "--features", "tiny", "tiny2", "--cfg=1.5", "--bf16", FORWARD, "--ckpt=edm2-tiny"])],
     ("merge_rl", ["--budget=3000", "--num=200", "--bf16"]), ("sample", ["--ckpt=edm2-tiny", "--bf16"]),
     ("fid", ["--num=500", "--num_real=500", "--features", "tiny2", "tiny", "factors", "--bf16"])])
