@@ -11,6 +11,7 @@ Left out on purpose: Inception score and sFID. Behind torchrun write `torchrun .
 """
 import colorsys
 import hashlib
+import importlib.util
 import math
 import os
 import pathlib
@@ -21,6 +22,7 @@ import unicodedata
 import zipfile
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import cycle
 from json import dumps, loads
 from typing import Callable, NamedTuple, Optional
 
@@ -34,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from models import (ASSETS, SafeUnpickler, Stop, configure, exact, fail, gather, image_size, listed, note, one_line,
                     print0, read_checkpoint, read_pickle, reading, setup, whole, writable)
 from reward import KernelSet, Moments, Spectrum, covariance_root, distance_to_root, standard_error
-from sample import STREAMS, generate, image_seeds, in_words, load_guided, schedule, watched
+from sample import STREAMS, generate, image_seeds, in_words, load_guided, save_curves, save_grid, schedule, watched
 
 # -----------------------------------------------------------------------------
 ckpt = "" # model to draw from: .pt, .pkl or .safetensors, or the name of an asset; empty: the tiny base
@@ -44,7 +46,7 @@ vae = "" # decoder of a model that draws latents: .safetensors or .bin of an SD-
 images = "" # evaluate these instead: folder or zip of images, or .npz or .npy with uint8 (N, H, W, 3)
 num = 0 # images to evaluate; 0: 50,000 drawn, or all of --images
 real = "tiny" # real images: "tiny", a folder, a zip, an .npz, or a file of their statistics (mu, sigma)
-features = [] # some of inception (what FID means), dinov2, tiny, tiny2, factors; empty: tiny2 in the tiny world
+features = [] # of inception (what FID means), dinov2, tiny, tiny2, factors, my_net.py; empty: tiny2 in the tiny world
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 num_real = 50000 # real images of the tiny world that are compared with; a folder is used whole
 num_prdc = 5000 # images for KID and the neighbour metrics, a fixed random subset
@@ -298,8 +300,47 @@ class PublishedNet:
             return torch.cat([self.features(part) for part in images.split(128 if images.is_cuda else 32)])
 
 
+@lru_cache(maxsize=None)
+def of_file(path, name):
+    """The function `name` of a user's Python file, which is run; exit code 2 if there is no file, 1 if it does not."""
+    if not os.path.isfile(path):
+        fail(f"no file {path!r}; needed: Python with a function {name}")
+    with reading(path, f"gives no function {name}"):
+        spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+
+class OwnNet:
+    """A user's file: its net(device) returns a callable, uint8 (n, 3, H, W) => float (n, d); .size, if it has one."""
+    def __init__(self, path, device):
+        self.path, self.name, self.dim = path, os.path.splitext(os.path.basename(path))[0], None
+        with reading(path, "makes no network"):
+            self.net = of_file(path, "net")(device)
+        self.size = getattr(self.net, "size", None)
+        side = self.size or 32
+        noise = torch.randint(256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        first = self(noise.to(device))
+        self.dim = first.shape[1]
+        if not torch.allclose(first, self(noise.to(device)), rtol=1e-3, atol=1e-3 * first.abs().max().item()):
+            fail(f"{path}: the same images gave other features the second time (dropout? eval mode is needed)", code=1)
+
+    @exact()
+    def __call__(self, images):
+        with reading(self.path, "cannot take images"):
+            f = torch.cat([self.net(part) for part in images.split(128 if images.is_cuda else 32)])
+            if not f.is_floating_point() or f.dim() != 2 or f.shape != (len(images), self.dim or f.shape[1]):
+                raise ValueError(f"{f.dtype} {tuple(f.shape)}, needed are floats ({len(images)}, {self.dim or 'd'})")
+            if not f.isfinite().all():
+                raise ValueError("features hold NaN or infinite values")
+        return f.float()
+
+
 def feature_net(name, path=None, device="cpu"):
     """A network with .name, .dim, .size (of images, in pixels; None: any); .hash: sha256 of its weights' file."""
+    if name.endswith(".py"):
+        return OwnNet(name, device)
     if name == "factors":
         return MeasuredFactors()
     if name in WEIGHTS:
@@ -311,11 +352,13 @@ def feature_net(name, path=None, device="cpu"):
         net.load_state_dict({k: v.float() for k, v in parts["model"].items()})
         net.hash = sha256(path)
         return net.requires_grad_(False).eval().to(device)
-    fail(f"unknown features {name!r}; choose tiny, tiny2, factors, inception or dinov2")
+    fail(f"unknown features {name!r}; choose tiny, tiny2, factors, inception, dinov2 or a file of your own, my_net.py")
 
 
 def feature_nets(names, path, device):
-    """The networks of these names; path: weights of inception or dinov2."""
+    """The networks of these names, each of another; path: weights of inception or dinov2."""
+    if len(set(names)) < len(names):
+        fail(f"features {names}: needed are different feature networks")
     return [feature_net(name, path if name in WEIGHTS else None, device) for name in names]
 
 
@@ -346,6 +389,11 @@ def is_statistics(path):
     if path != "tiny" and not os.path.exists(path):
         fail(f"{path} does not exist; needed: a folder or .zip of images, an .npz of them, or statistics (mu, sigma)")
     return is_array_file(path) and not {"mu", "sigma", "fid", "fd_dinov2"}.isdisjoint(read_arrays(path).keys())
+
+
+def features_of(real):
+    """Name of the feature network that real data are seen by: what statistics tell, else inception."""
+    return str(read_arrays(real).get("features", "inception")) if is_statistics(real) else "inception"
 
 
 def read_arrays(path):
@@ -554,31 +602,6 @@ ROLES = {
 }
 
 
-def set_batches(source, size, role, num, batch_size=250):
-    """uint8 batches of this rank's share of num images of the tiny world, or of at most num (0: all) stored ones."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    stream, offset, stride = ROLES[role]
-    if source == "tiny":
-        for first in range(rank, num, 1000 * world):
-            yield tiny_images(min(1000, len(range(first, num, world))), 0, stream, first, world)[0]
-        return
-    images = open_images(source)
-    names = images.names[offset::stride][:num or None][rank::world]
-    batches = image_batches(images, size, names, batch_size)
-    yield from watched(batches, -(-len(names) // batch_size), desc=images.path, leave=False)
-
-
-def drawn_batches(model, num, sampler, steps, noise, seed, stream, labels, batch_size):
-    """uint8 batches of this rank's share of num drawn images; image i depends on (seed, stream, i) and its label."""
-    indices = torch.arange(num)[dist.get_rank()::dist.get_world_size()]
-    seeds = image_seeds(seed, stream, indices)
-    classes = indices % model.num_classes
-    if labels == "random":                  # the noise of an image takes the lower 32 bits of its seed
-        classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
-    batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise)
-    yield from watched(batches, -(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", leave=False)
-
-
 @torch.no_grad()
 def summarize(batches, nets, num_prdc, device="cpu", keep=0):
     """{net.name: Summary} of the uint8 batches (b, 3, H, W) of all ranks; image i is one of rank i % world."""
@@ -616,8 +639,8 @@ def summarize(batches, nets, num_prdc, device="cpu", keep=0):
     return summaries
 
 
-def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None, batch_size=250):
-    """{net.name: Summary} of real data, resized as the networks need, else to `size` pixels (None: not at all)."""
+def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None, batch_size=250, keep=0):
+    """{net.name: Summary} of num images, 0: all that are stored, of the size networks need, else `size` (None: any)."""
     if is_statistics(real):
         return {net.name: read_statistics(real, net, device) for net in nets}
     if real == "tiny" and (size or SIZE) != SIZE:
@@ -625,7 +648,16 @@ def real_summaries(real, nets, role, num_prdc, num, device="cpu", size=None, bat
     sizes = {net.size or size for net in nets}
     if len(sizes) > 1:
         fail(f"features of {' and '.join(net.name for net in nets)} need images of different sizes: name one at a time")
-    return summarize(set_batches(real, sizes.pop(), role, num, batch_size), nets, num_prdc, device)
+    rank, world, (stream, offset, stride) = dist.get_rank(), dist.get_world_size(), ROLES[role]
+    if real == "tiny":
+        batches = (tiny_images(min(1000, len(range(first, num, world))), 0, stream, first, world)[0]
+                   for first in range(rank, num, 1000 * world))
+    else:
+        images = open_images(real)
+        names = images.names[offset::stride][:num or None][rank::world]
+        batches = image_batches(images, sizes.pop(), names, batch_size)
+        batches = watched(batches, -(-len(names) // batch_size), desc=images.path, leave=False)
+    return summarize(batches, nets, num_prdc, device, keep)
 
 
 def read_statistics(path, net, device="cpu"):
@@ -718,9 +750,13 @@ def evaluate(model, nets, real, num, sampler="", steps=10, noise=None, seed=0, s
              num_prdc=5000, batch_size=250, keep=0):
     """{net.name: row} of num drawn images against real {net.name: Summary}: metrics(), how and what was drawn."""
     sampler = schedule(sampler, steps, noise, model.sigmas).sampler
-    device = next(model.parameters()).device
-    batches = drawn_batches(model, num, sampler, steps, noise, seed, stream, labels, batch_size)
-    rows = {}
+    indices = torch.arange(num)[dist.get_rank()::dist.get_world_size()]
+    seeds, classes = image_seeds(seed, stream, indices), indices % model.num_classes
+    if labels == "random":                  # the noise of an image takes the lower 32 bits of its seed
+        classes = torch.tensor([(s >> 32) % model.num_classes for s in seeds], dtype=torch.int64)
+    batches = generate(model, seeds, classes, sampler, steps, 1.0, batch_size, noise)
+    batches = watched(batches, -(-len(indices) // batch_size), desc=f"drawing {num} ({sampler})", leave=False)
+    rows, device = {}, next(model.parameters()).device
     for name, fake in summarize(batches, nets, num_prdc, device, keep).items():
         stratum = torch.arange(len(fake.features), device=device) % model.num_classes
         row = metrics(fake, real[name], stratum if labels == "balanced" else None)
@@ -755,34 +791,26 @@ class Nets:
         return torch.cat([net(images) / scale for net, scale in zip(self.nets, self.scales)], dim=1)
 
 
-def check_features(names):
-    if len(set(names)) < len(names):
-        fail(f"features {names}: needed are different feature networks")
-
-
-def choose_networks(c, size):
-    """Fill in c.features of the reward and c.judges of the table: the tiny ones for images of 16 px, else Inception."""
-    tiny, named, statistics = c.real == "tiny" or size == SIZE, c.features and c.judges, is_statistics(c.real)
-    c["features"] = c.features or (["tiny"] if tiny else ["inception"])
-    if not c.judges and c.num:
-        c["judges"] = c.features if statistics else ["tiny2", "tiny", "factors"] if tiny else ["inception"]
-    check_features(c.features)
-    check_features(c.judges)
-    if statistics and len(c.features) > 1:
-        fail(f"{c.real} has statistics of one feature network only, --features names {len(c.features)}")
-    if c.real != "tiny" and {"tiny", "tiny2"} & {*c.features, *c.judges} and not named:
-        note("the tiny feature networks know only the digits of the tiny world; for images of your own name --features "
-             "and --judges: inception or dinov2")
-
-
 def reward_networks(c, model, device):
-    """Feature network and real Summary of the reward; several networks are one, each scaled to a mean variance of 1."""
-    choose_networks(c, image_size(model))
+    """
+    Feature network and real Summary of the reward; several networks are one, each scaled to a mean variance of 1. Fills
+    in c.features and c.judges, of the reward and of the table: the tiny ones in the tiny world, else Inception.
+    """
+    tiny = c.real == "tiny"
+    c["features"] = c.features or ["tiny" if tiny else features_of(c.real)]
+    if not c.judges and c.num:
+        c["judges"] = ["tiny2", "tiny", "factors"] if tiny else c.features
+    if len(set(c.judges)) < len(c.judges):
+        fail(f"features {c.judges}: needed are different feature networks")
+    if c.judges == ["c2st"]:
+        fail("--judges c2st is a judge beside others; name a feature network before it")
+    if is_statistics(c.real) and len(c.features) > 1:
+        fail(f"{c.real} has statistics of one feature network only, --features names {len(c.features)}")
     check_classes(c.real, model.num_classes)
     nets = feature_nets(c.features, c.features_path, device)
     net = nets[0] if len(nets) == 1 else Nets(nets, [1.0] * len(nets))
-    real = real_summaries(c.real, [net], "train", NUM_PRDC, NUM_REAL if c.real == "tiny" else 0, device,
-                          image_size(model), c.batch_size)[net.name]
+    real = real_summaries(c.real, [net], "train", NUM_PRDC, NUM_REAL if tiny else 0, device, image_size(model),
+                          c.batch_size)[net.name]
     if len(nets) > 1:
         variances = real.cov.diagonal().split([n.dim for n in nets])
         unit = torch.cat([v.mean().sqrt().expand(len(v)) for v in variances])               # (d,)
@@ -794,33 +822,57 @@ def reward_networks(c, model, device):
     return net, real
 
 
+def two_sample_accuracy(fake, real, passes=10, batch=64):
+    """
+    Classifier two-sample test (Lopez-Paz & Oquab 2017): a small network learns to tell generated from real images,
+    uint8 (N, 3, H, W), on one half of them; returns its share of right answers on the other. 0.5 is perfect.
+    """
+    n = min(len(fake), len(real)) // 2 * 2
+    x = torch.cat([fake[:n], real[:n].to(fake.device)]).float() / 127.5 - 1
+    x, y = F.adaptive_avg_pool2d(x, min(64, x.shape[3])), (torch.arange(2 * n, device=x.device) >= n).float()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        convs = [layer for a, b in ((3, 32), (32, 64), (64, 128)) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.GELU())]
+        net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1)).to(x.device)
+        optimizer, updates = torch.optim.Adam(net.parameters()), passes * -(-n // batch)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=updates)
+        for _ in range(updates):
+            k = 2 * torch.randint(n, (batch,)).to(x.device)                     # the odd ones are held out
+            loss = F.binary_cross_entropy_with_logits(net(x[k]).squeeze(1), y[k])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+        with torch.no_grad():
+            right = torch.cat([net(part).squeeze(1) for part in x[1::2].split(500)]) > 0
+    return (right == (y[1::2] > 0)).double().mean().item()
+
+
 def table_of(c, model, device, stream="report", blue=False):
     """(model, label, sampler, steps) => rows, one for each of c.judges, from noise and real images never trained on."""
-    judges = feature_nets(c.judges, c.features_path, device)
+    judges = feature_nets([name for name in c.judges if name != "c2st"], c.features_path, device)
     size, num_real = image_size(model), NUM_REAL if c.real == "tiny" else 0
     nets = judges + [Blue()] if blue and c.real == "tiny" and size == SIZE else judges
-    real = real_summaries(c.real, nets, stream, NUM_PRDC, num_real, device, size, c.batch_size)
+    keep = NUM_PRDC if "c2st" in c.judges else 200
+    real = real_summaries(c.real, nets, stream, NUM_PRDC, num_real, device, size, c.batch_size, keep)
+    if "c2st" in c.judges and real[judges[0].name].images is None:
+        fail(f"--judges c2st needs real images, {c.real} has statistics only")
     floor = {}                              # FD of other real images, as many as are drawn
     if not is_statistics(c.real):
         others = real_summaries(c.real, judges, "floor", NUM_PRDC, c.num, device, size)
         floor = {name: distance(x, real[name]) for name, x in others.items() if x.num == c.num}
         if not floor:
-            note(f"no floor, as {c.real} has {others[c.judges[0]].num} real images for it, not {c.num}")
+            note(f"no floor, as {c.real} has {others[judges[0].name].num} real images for it, not {c.num}")
 
     def rows_of(model, label, sampler, steps):
         rows = evaluate(model, nets, real, c.num, sampler, steps, c.noise, c.seed, stream, num_prdc=NUM_PRDC,
-                        batch_size=c.batch_size, keep=min(c.num, 200))
-        shares = dict(blue=rows["blue"]["mean"].item(), blue_real=real["blue"].mu.item()) if "blue" in rows else {}
-        return [dict(rows[name], label=label, floor=floor.get(name), **shares) for name in c.judges]
+                        batch_size=c.batch_size, keep=min(c.num, keep))
+        more = dict(blue=rows["blue"]["mean"].item(), blue_real=real["blue"].mu.item()) if "blue" in rows else {}
+        if "c2st" in c.judges:
+            more["c2st"] = two_sample_accuracy(rows[judges[0].name]["images"], real[judges[0].name].images)
+        return [dict(rows[net.name], label=label, floor=floor.get(net.name), **more) for net in judges]
 
     return rows_of
-
-
-def public(row):
-    """What OUT/result.json keeps of a row."""
-    keys = ("label", "features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall",
-            "density", "coverage", "blue", "blue_real")
-    return {k: row[k] for k in keys if k in row}
 
 
 def compare(before, after):
@@ -828,21 +880,38 @@ def compare(before, after):
     lines = [f"{'':>10s} {'images':>6s} {'features':9s} {'FD before':>17s} {'after':>17s} {'change':>17s} "
              f"{'floor':>7s} {'down':>5s} {'precision':>13s} {'recall':>13s} {'coverage':>13s}"]
     with_error = lambda value, error: f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
-    for b, a in zip(before, after):
+    pairs = list(zip(cycle(before), after))                 # all of several searches began at the same
+    for b, a in pairs:
         paired, floor, down = None, "-", "-"
         if b["psi"] is not None and a["psi"] is not None:
             paired = standard_error(a["psi"] - b["psi"], b["labels"]) * math.sqrt(len(b["psi"]) / b["num"])
         if b.get("floor") is not None and b["fid"] > b["floor"]:
             floor, down = f"{b['floor']:.3f}", f"{1 - (a['fid'] - b['floor']) / (b['fid'] - b['floor']):.0%}"
         both = ["-" if b[k] is None else f"{b[k]:.3f} {a[k]:.3f}" for k in ("precision", "recall", "coverage")]
-        lines.append(f"{a['label']:>10s} {b['num']:6d} {b['features']:9s} "
-                     f"{with_error(b['fid'], b['fid_se']):>17s} {with_error(a['fid'], a['fid_se']):>17s} "
-                     f"{with_error(a['fid'] - b['fid'], paired):>17s} {floor:>7s} {down:>5s} "
-                     + " ".join(f"{x:>13s}" for x in both))
-    for label, (b, a) in {a["label"]: (b, a) for b, a in zip(before, after) if "blue" in a}.items():
+        lines.append(f"{a['label']:>10s} {b['num']:6d} {b['features']:9s} {with_error(b['fid'], b['fid_se']):>17s} "
+                     f"{with_error(a['fid'], a['fid_se']):>17s} {with_error(a['fid'] - b['fid'], paired):>17s} "
+                     f"{floor:>7s} {down:>5s} " + " ".join(f"{x:>13s}" for x in both))
+    for label, (b, a) in {a["label"]: (b, a) for b, a in pairs if "blue" in a}.items():
         lines.append(f"{label}: {b['blue']:.0%} of the images are blue before, {a['blue']:.0%} after, "
                      f"{a['blue_real']:.0%} of the real ones")
+    for label, (b, a) in {a["label"]: (b, a) for b, a in pairs if "c2st" in a}.items():
+        lines.append(f"{label}: a classifier tells {b['c2st']:.1%} of held-out images from real ones before, "
+                     f"{a['c2st']:.1%} after; 50% is perfect")
     return "\n".join(lines)
+
+
+def finish(c, before, after, curves, y_name, found):
+    """What both RL scripts leave in OUT beside weights: after.png, curve.png, result.json; and the table is printed."""
+    if after:
+        save_grid(os.path.join(c.out, "after.png"), after[0]["images"][:200])
+        print0(compare(before, after))
+    if any(curves.values()):
+        save_curves(os.path.join(c.out, "curve.png"), curves, "images", y_name)
+    keys = ("label", "features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall",
+            "density", "coverage", "blue", "blue_real", "c2st")
+    before, after = ([{k: row[k] for k in keys if k in row} for row in rows] for rows in (before, after))
+    with whole(os.path.join(c.out, "result.json")) as f:
+        f.write(dumps(dict(found, before=before, after=after)).encode())
 
 
 def check_options(c, world):
@@ -865,16 +934,6 @@ def check_options(c, world):
         note(f"--ckpt does nothing beside {'--images' if c.images else '--stats'}")
 
 
-def report(row, net, source, c, seconds):
-    """Print the metrics of one feature network."""
-    error = "-" if row["fid_se"] is None else f"{row['fid_se']:.3f}"
-    print0(f"FID {row['fid']:.3f} +- {error}  ({row['num']} images, {source}; {net.name} features, real: {c.real}; "
-           f"{seconds:.0f} s)")
-    if row["kid"] is not None:
-        print0(f"KID {row['kid']:.5f}  " + "  ".join(f"{k} {row[k]:.3f}" for k in NEIGHBOURS[1:])
-               + f"  (these on {min(row['num'], c.num_prdc)} of the images)")
-
-
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     with Stop():
@@ -885,14 +944,11 @@ def main(argv=None):
         model = None if c.images or c.stats else load_guided(c, device)
         size = image_size(model) if model else None
         tiny = c.real == "tiny" and not c.images and (not model or size == SIZE and not model.classes)
-        names = c.features or (["tiny2"] if tiny else ["inception"])
-        check_features(names)
+        names = c.features or ["tiny2" if tiny else features_of(c.real)]
         if not c.features:
-            print0("features: " + ("tiny2, as both sides are the tiny world" if tiny else "inception"))
+            print0(f"features: {names[0]}" + (", as both sides are the tiny world" if tiny else ""))
         if model:
             plan = schedule(c.sampler, c.steps, c.noise, model.sigmas)   # refuses before the real images are read
-            drawn = dict(num=c.num or 50_000, sampler=plan.sampler, steps=c.steps, noise=c.noise, seed=c.seed,
-                         stream=c.stream, labels=c.labels, batch_size=c.batch_size)
             check_classes(c.real, model.num_classes)
         nets = feature_nets(names, c.features_path, device)
 
@@ -900,32 +956,38 @@ def main(argv=None):
             role = "select" if c.stream == "select" else "all"
             num = num or (c.num_real if source == "tiny" else 0)
             found = real_summaries(source, nets, role, c.num_prdc, num, device, size, c.batch_size)
-            if found[names[0]].num < num:
-                fail(f"{source} holds {found[names[0]].num} images, {num} are needed", code=1)
+            if found[nets[0].name].num < num:
+                fail(f"{source} holds {found[nets[0].name].num} images, {num} are needed", code=1)
             return found
 
         if c.stats:
             source = c.images or c.real
-            found = stored(source, c.num)[names[0]]
+            found = stored(source, c.num)[nets[0].name]
             if rank == 0:
                 write_statistics(c.stats, found, nets[0])
-            print0(f"wrote {c.stats}: {found.num} images of {source} ({found.size}), {names[0]} features; use it as "
-                   "--real")
+            print0(f"wrote {c.stats}: {found.num} images of {source} ({found.size}), {nets[0].name} features; use it "
+                   "as --real")
             return
 
         real, began = stored(c.real), time.time()
         if model:
             source = f"{in_words(plan, c.noise)}, {c.labels} labels, seed {c.seed}"
-            rows = evaluate(model, nets, real, num_prdc=c.num_prdc, **drawn)
+            rows = evaluate(model, nets, real, c.num or 50_000, plan.sampler, c.steps, c.noise, c.seed, c.stream,
+                            c.labels, c.num_prdc, c.batch_size)
         else:
             source = c.images
             rows = {name: dict(metrics(x, real[name]), features=name) for name, x in stored(source, c.num).items()}
         if c.json and rank == 0:
             keys = ("fid", "fid_se", *NEIGHBOURS, "num", "features", "sampler", "steps", "seed")
             with whole(c.json) as f:
-                f.write("".join(dumps({k: rows[name].get(k) for k in keys}) + "\n" for name in names).encode())
-        for net in nets:
-            report(rows[net.name], net, source, c, time.time() - began)
+                f.write("".join(dumps({k: row.get(k) for k in keys}) + "\n" for row in rows.values()).encode())
+        for name, row in rows.items():
+            error = "-" if row["fid_se"] is None else f"{row['fid_se']:.3f}"
+            print0(f"FID {row['fid']:.3f} +- {error}  ({row['num']} images, {source}; {name} features, real: {c.real}; "
+                   f"{time.time() - began:.0f} s)")
+            if row["kid"] is not None:
+                print0(f"KID {row['kid']:.5f}  " + "  ".join(f"{k} {row[k]:.3f}" for k in NEIGHBOURS[1:])
+                       + f"  (these on {min(row['num'], c.num_prdc)} of the images)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ python merge_rl.py --ckpts a.pt b.pt --real FOLDER              # yours; globs w
 torchrun --nproc_per_node=8 -- merge_rl.py --preset=paper-edm2 --ckpts 'edm2-img512-xs-*.pkl' --vae vae.safetensors ..
 """
 import glob
-import json
 import os
 import re
 import sys
@@ -22,11 +21,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fid import compare, public, reward_networks, table_of
+from fid import finish, reward_networks, table_of
 from models import (ASSETS, Stop, configure, fail, gather, move_aside, moved, print0, read_checkpoint,
                     save, setup, stored_parts, take_preset, whole, writable)
 from reward import ReferenceSet, Stream, long_enough
-from sample import generate, image_seeds, load_guided, save_curves, save_grid, schedule
+from sample import generate, image_seeds, load_guided, save_grid, schedule
 
 # -----------------------------------------------------------------------------
 # files
@@ -68,10 +67,8 @@ num = 10000 # fresh images per row of the table, all rows on the same noise and 
 # -----------------------------------------------------------------------------
 
 # The paper's settings for EDM2; 50 iterations are our choice. It has not been run on real weights yet.
-PRESETS = {
-    "paper-edm2": dict(policy="net", per="all", search_std=1.0, subset=50, images=50, reference=5000, refresh=10,
-                       sampler="heun", steps=32, budget=50000, batch_size=50),
-}
+PRESETS = {"paper-edm2": dict(policy="net", per="all", search_std=1.0, subset=50, images=50, reference=5000, refresh=10,
+                              sampler="heun", steps=32, budget=50000, batch_size=50)}
 
 MEMORY = 0.5        # subset 1: weight of earlier images in the moments, per iteration, if that keeps enough
 
@@ -103,6 +100,8 @@ def main(argv=None, methods=None):
     if not c.resume:                        # options and data are known to work
         move_aside(c.out, ("merged.pt", "result.json", "before.png", "after.png", "curve.png", "cache"))
         paths[:] = [moved(path, c.out) for path in paths]
+    if before and rank == 0:
+        save_grid(os.path.join(c.out, "before.png"), before[0]["images"][:200])
 
     # Search; then evaluate on fresh noise, as the best of noisy scores is no result.
     results, drawn, curves, candidates, after = {}, {}, {}, [], []
@@ -120,19 +119,10 @@ def main(argv=None, methods=None):
     first, w = next(iter(results.items()))
     if rank == 0:
         save(os.path.join(c.out, "merged.pt"), basis.merge(w).model, config=dict(c), coefficients=w.tolist())
-        for row, name in zip(before[:1] + after[:1], ("before.png", "after.png")):
-            save_grid(os.path.join(c.out, name), row["images"])
-        if candidates:                      # uniform draws nothing
-            save_curves(os.path.join(c.out, "curve.png"), curves, "images", f"FD of the candidates in {nets.name}")
-        with whole(os.path.join(c.out, "result.json")) as f:
-            f.write(json.dumps(dict(
-                ckpts=basis.paths, groups=basis.groups, method=first, budget=c.budget, drawn=drawn,
-                coefficients={name: x.tolist() for name, x in results.items()}, seed=c.seed, features=nets.name,
-                sampler=c.sampler, steps=c.steps, before=[public(row) for row in before],
-                after=[public(row) for row in after], seconds=time.time() - began, images=sum(drawn.values()),
-                candidates=candidates)).encode())
-    if after:
-        print0(compare(before * len(results), after))
+        finish(c, before, after, curves, f"FD of the candidates in {nets.name}", dict(
+            ckpts=basis.paths, groups=basis.groups, method=first, budget=c.budget, drawn=drawn, candidates=candidates,
+            coefficients={name: x.tolist() for name, x in results.items()}, seed=c.seed, features=nets.name,
+            sampler=c.sampler, steps=c.steps, seconds=time.time() - began, images=sum(drawn.values())))
     for group, row in list(zip(basis.groups, w.tolist()))[:12]:
         print0(f"{group}: " + " ".join(f"{x:+.3f}" for x in row))
     print0(f"{sum(drawn.values())} images, {time.time() - began:.0f} s; {c.out}/merged.pt, result.json, curve.png"
@@ -336,7 +326,10 @@ def rl(search, c, alone):
         f = search.draw(ws, c.images, first)            # (2 pairs, images, d)
         if c.subset == 1:
             reference.push(f.flatten(0, 1))
-            rewards = -reference.influence(f.flatten(0, 1)).view(len(ws), c.images).mean(1)
+            try:
+                rewards = -reference.influence(f.flatten(0, 1)).view(len(ws), c.images).mean(1)
+            except ValueError as e:
+                fail(f"{e}; raise --reference or --images", code=1)
         else:
             slots = (it * c.images + torch.arange(c.images, device=f.device)) % c.reference
             parts = zip(slots.split(c.subset), f.split(c.subset, dim=1))

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from collections import OrderedDict
 from contextlib import ContextDecorator, contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -44,30 +45,6 @@ def time_features(t):                   # (B,) in [0, 1], never times 1000 => (B
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
-
-
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Recomputed(nn.Module):
     """A block which, while `checkpointing`, keeps its input alone and computes the rest again in the backward pass."""
     checkpointing = False
@@ -81,14 +58,19 @@ class Recomputed(nn.Module):
 class Block(Recomputed):
     def __init__(self, width, heads):
         super().__init__()
-        self.attn = Attention(width, heads)
-        self.mlp = MLP(width)
+        self.heads = heads
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):            # x (B, T, D), c (B, D)
+        B, T, D = x.shape
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift_msa, scale_msa)
-        x = torch.addcmul(x, gate_msa.unsqueeze(1), self.attn(h))
+        q, k, v = self.attn.qkv(h).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D)    # from (B, heads, T, D / heads)
+        x = torch.addcmul(x, gate_msa.unsqueeze(1), self.attn.proj(h))
         h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift_mlp, scale_mlp)
         return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(h))
 
@@ -615,7 +597,7 @@ def save(path, model, dtype=None, **extra):
     params = dict(model.named_parameters())
     state = {k: v.to(dtype if dtype and k in params else v.dtype) for k, v in model.state_dict().items()}
     sizes = dict(init_kwargs=model.init_kwargs) if model.family == "edm2" else dict(
-        heads=model.blocks[0].attn.heads, num_classes=model.num_classes)
+        heads=model.blocks[0].heads, num_classes=model.num_classes)
     with whole(path) as f:
         torch.save(dict(ema=state, classes=model.classes, **sizes, **extra), f)
 

@@ -228,8 +228,10 @@ def higher_orders(vals, rows, signs, shared, t, c):
 
 def by_determinants(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
     """See root_trace_change; None where the error's bound is too large."""
-    if vals[0] <= RANK_FLOOR * vals[-1]:    # M is singular
+    kept = vals > RANK_FLOOR * vals[-1]     # axes in which images vary, as a feature that is always 0 does not
+    if not kept.any() or rows[..., ~kept].square().sum() > 1e-20 * rows.square().sum():         # new images do
         return None
+    vals, rows = vals[kept], rows[..., kept]
     signs = torch.where(torch.arange(rows.shape[1]) < added, 1.0, -1.0).to(vals)
     new, gone = rows[:, :added], rows[:, added:]
     shrink = torch.linalg.eigvalsh(gone / vals @ gone.mT)[:, -1].max().item()

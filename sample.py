@@ -15,13 +15,13 @@ import math
 import os
 import sys
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from models import LATENTS, Stop, attach_vae, configure, fail, gather, listed, load, print0, setup, whole, writable
@@ -67,19 +67,11 @@ RHO = 7                                 # of EDM2's noise levels
 SIGMA_MEAN, SIGMA_STD = -0.4, 1.2       # of ln sigma in EDM2's training
 
 
-class Schedule(NamedTuple):
+class Schedule(namedtuple("Schedule", "sampler t end a c std kick")):
     """
     Per step, from time t[k] to end[k]: EDM2's churn adds noise of std kick[k], then x becomes N(a[k] x + c[k] v,
-    std[k]^2), without noise if std is 0. Each (K,) float32.
+    std[k]^2), without noise if std is 0. sampler: its name; the others (K,) float32.
     """
-    sampler: str
-    t: torch.Tensor
-    end: torch.Tensor
-    a: torch.Tensor
-    c: torch.Tensor
-    std: torch.Tensor
-    kick: torch.Tensor
-
     @property
     def noisy(self):                        # indices of the steps that are a policy
         return self.std.nonzero().flatten()
@@ -191,11 +183,8 @@ class Guided(nn.Module):
         super().__init__()
         self.model, self.scale, self.guide, self.bf16 = model, scale, guide, bf16
 
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+    def __getattr__(self, name):            # of what is not set here
+        return super().__getattr__(name) if name in ("model", "guide") else getattr(self.model, name)
 
     def forward(self, x, t, y):
         with torch.autocast(x.device.type, HALF[self.family], enabled=self.bf16):
@@ -299,8 +288,7 @@ def decode(model, x, quantize=True):
 def generate(model, seeds, labels=None, sampler="", steps=10, cfg=1.0, batch_size=250, noise=None, decoded=True):
     """
     Yields uint8 batches (b, 3, H, W), one image per seed. labels (N,) int64; None: 0, 1, .. in turn. sampler, noise: as
-    in schedule; decoded False: what decode() takes, not uint8. An image depends on its seed and label, up to float
-    rounding.
+    in schedule; decoded False: what decode() takes. An image depends on its seed and label alone, up to rounding.
     """
     model = model if cfg == 1.0 else Guided(model, cfg)
     device = next(model.parameters()).device
@@ -317,18 +305,16 @@ def watched(batches, total, **bar):
     return tqdm(batches, total=total, unit="batch", disable=dist.get_rank() > 0 or None, **bar)
 
 
-def save_grid(path, images, columns=20):
-    """uint8 (N, 3, H, W) => one png, row by row, enlarged to be seen."""
+def save_grid(path, images):
+    """uint8 (N, 3, H, W) => one png, row by row, 20 images or some 2000 pixels wide, enlarged to be seen."""
     N, C, H, W = images.shape
-    columns = min(columns, N)
+    columns = min(20, N, max(4, 2000 // W))
     rows = -(-N // columns)
     sheet = torch.zeros(rows * columns, C, H, W, dtype=torch.uint8)
     sheet[:N] = images.cpu()
     sheet = sheet.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
-    zoom = max(1, 48 // H)
     with whole(path) as f:
-        grid = Image.fromarray(sheet.numpy())
-        grid.resize((columns * W * zoom, rows * H * zoom), Image.Resampling.NEAREST).save(f, "png")
+        ImageOps.scale(Image.fromarray(sheet.numpy()), max(1, 48 // H), Image.Resampling.NEAREST).save(f, "png")
 
 
 def save_curves(path, curves, x_name, y_name):

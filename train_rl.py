@@ -28,12 +28,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import compare, public, reward_networks, table_of
-from models import (Recomputed, Stop, configure, fail, gather, move_aside, moved, normalize_filters,
-                    print0, save, setup, take_preset, whole, writable)
+from fid import finish, of_file, reward_networks, table_of
+from models import (Recomputed, Stop, configure, fail, gather, move_aside, moved, normalize_filters, print0, reading,
+                    save, setup, take_preset, whole, writable)
 from reward import KernelSet, ReferenceSet, Stream, long_enough
 from sample import (Schedule, compiled, decode, gaussian_step, generate, image_seeds, load_guided, log_prob, renoise,
-                    save_curves, save_grid, schedule, trajectory)
+                    save_grid, schedule, trajectory)
 
 # -----------------------------------------------------------------------------
 # files
@@ -60,8 +60,8 @@ batch_size = 250 # images in one pass, per rank
 bf16 = False # the network in 16 bits, SiT's bfloat16 and EDM2's float16, all else in float32
 compile = False # compile the block that a SiT repeats: seconds to begin with, faster passes on a GPU
 # reward
-reward = "fd" # fd; kid; sample: the contrast, log-density of each image's features under the real Gaussian
-features = [] # feature networks of the reward; empty: tiny for images of 16 px, else inception
+reward = "fd" # fd; kid; sample: the contrast, log-density of features under the real Gaussian; or a file, my_reward.py
+features = [] # feature networks of the reward, my_net.py one of your own; empty: tiny in the tiny world, else inception
 features_path = "" # weights of inception or dinov2, or the folder of both; empty: the published files, in torch's cache
 subset = 1 # images that share a reward; 1: each its own; the paper's: 50
 reference = 2000 # generated images the reward starts from: the reference set (subset > 1), or earlier images (1)
@@ -84,7 +84,7 @@ anchor = 0.01 # after each update the weights move this fraction of the way back
 ema = 0.9 # weight average per iteration; the average is what is evaluated and saved
 micro_batch = 500 # (image, step) pairs in one backward pass, per rank
 # evaluation
-judges = [] # feature nets of the table, the first held out; empty: tiny2, tiny, factors at 16 px, else inception
+judges = [] # feature nets of the table, and c2st, a classifier; empty: tiny2, tiny, factors (tiny world), inception
 num = 10000 # images before and after, on the same noise and labels; 0: no evaluation
 stream = "report" # which noise and real images evaluate: report, or select to choose options by
 # -----------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def main(argv=None):
         move_aside(c.out, LEFT)
         c["ckpt"], c["guide"] = moved(c.ckpt, c.out), moved(c.guide, c.out)
     if before and rank == 0:
-        save_grid(os.path.join(c.out, "before.png"), before[0]["images"])
+        save_grid(os.path.join(c.out, "before.png"), before[0]["images"][:200])
         print0(f"base evaluated after {time.time() - began:.0f} s")
 
     # The base, to which an anchor holds; the average, which is what counts in the end; a learner for each sampler.
@@ -192,7 +192,7 @@ def main(argv=None):
 
             # Learn; a little back towards the base; average.
             rollout = Rollout(states, outputs, own_labels, advantages[rank::world].to(device))
-            update = learn(c, ddp, learner, rollout, it, rng)
+            update = learn(c, ddp, learner, rollout, base, it, rng)
             with torch.no_grad():
                 torch._foreach_lerp_(params, base, c.anchor * update["lr"] / c.lr)
                 torch._foreach_lerp_(average_params, params, 1 - min(c.ema, (1 + it) / (10 + it)))
@@ -217,8 +217,13 @@ def main(argv=None):
         save(os.path.join(c.out, "ckpt.pt"), average.model, config=of_the_run(c))
     print0(f"{drawn} images, {train_seconds:.0f} s of training")
     after = judge(average.eval())
+    seconds = time.time() - began
     if rank == 0:
-        finish(c, before, after, rows, drawn, time.time() - began, train_seconds)
+        curves = {name: [(row["images"], row["fd"]) for row in rows if row["sampler"] == name] for name in c.samplers}
+        finish(c, before, after, curves, f"{c.reward} of the rollouts in {c.features[0]}",
+               dict(seconds=seconds, train_seconds=train_seconds, images=drawn))
+    print0(f"{seconds:.0f} s in all; {c.out}/ckpt.pt, result.json, log.jsonl, curve.png"
+           + (", before.png, after.png" if after else ""))
 
 
 # ---- Before the loop ------------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def check(c, world):
     """What people get wrong on the command line, before anything is loaded."""
     for name, choices in (("reward", ("fd", "kid", "sample")), ("objective", tuple(OBJECTIVES)),
                           ("advantage", ("reward", "shuffled", "constant")), ("stream", ("report", "select"))):
-        if c[name] not in choices:
+        if c[name] not in choices and not (name == "reward" and c.reward.endswith(".py")):
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
     for name, least in dict(iters=1, batch=2 * world, subset=1, reference=2 * world, times=0, epochs=1, batch_size=1,
                             micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0, noisiest=0.01).items():
@@ -277,8 +282,7 @@ def both_samplers(c, model, device):
     judge = table_of(c, model, device, c.stream, blue=True)
     names = dict.fromkeys([c.samplers[0], FAMILIES[model.family]["ode"]])
     pairs = [(name, c.steps // 2 if name == "heun" else c.steps) for name in names]     # heun evaluates twice a step
-    return lambda model: [row for name, steps in pairs
-                          for row in judge(model, f"{name}-{steps}", name, steps)]
+    return lambda model: [row for name, steps in pairs for row in judge(model, f"{name}-{steps}", name, steps)]
 
 
 def describe(c, model, nets, world):
@@ -335,8 +339,7 @@ def rollout_labels(num_classes, batch, subset, rng=None):
     """
     Labels (batch,) of a rollout, and for each of its subsets (batch // subset,) the group in which gains are compared:
     those of equal labels. Of single images the groups are the classes, or one group if classes have fewer than 8. Else
-    there are as many groups as balance the classes, or one if they would hold fewer than 4 subsets. Classes that do not
-    all fit are random ones.
+    as many groups as balance the classes, or one if they would hold fewer than 4 subsets. Random ones, if not all fit.
     """
     count = batch // subset
     if subset == 1:
@@ -390,8 +393,10 @@ def rewards_of(learner, features, labels, groups, c, rng):
     try:
         if c.subset == 1:
             reference.push(features)
-            return image_rewards(features, reference, c)
-        gains = subset_rewards(learner, features.view(-1, c.subset, features.shape[1]), labels, groups, rng)
+            return image_rewards(features, labels, reference, c)
+        parts = features.view(-1, c.subset, features.shape[1])
+        gains = own_reward(c, parts, labels.view(-1, c.subset)) if c.reward.endswith(".py") else subset_rewards(
+            learner, parts, labels, groups, rng)
         if not c.refresh:
             places = reference.push(features).cpu()
             learner.labels[places] = labels[-len(places):]
@@ -400,10 +405,24 @@ def rewards_of(learner, features, labels, groups, c, rng):
         fail(f"{e}; raise --batch or --reference, or resume with a lower --lr", code=1)
 
 
-def image_rewards(features, reference, c):
+def own_reward(c, features, labels):
+    """
+    A user's reward: the function reward(features, labels) of a file, of single images (n, d), (n,), or of subsets
+    (K, n, d), (K, n) => a number for each. Exit code 1 for anything else.
+    """
+    with reading(c.reward, "gives no reward"):
+        found = of_file(c.reward, "reward")(features, labels.to(features.device)).double()
+        if found.shape != (len(features),) or not found.isfinite().all():
+            raise ValueError(f"needed are {len(features)} finite numbers, one each; it gave {tuple(found.shape)}")
+    return found
+
+
+def image_rewards(features, labels, reference, c):
     """How much larger the distance were without the image, among those of this rollout and what is left of earlier."""
     if c.objective == "pathwise":           # it follows the gradient of this
         return -reference.influence(features)
+    if c.reward.endswith(".py"):
+        return own_reward(c, features, labels)
     if c.reward == "sample":                # the contrast: log-density under the real Gaussian, up to a constant
         centred = (features.double() - reference.real_mu).T
         return -0.5 * torch.linalg.lstsq(reference.real_root, centred).solution.square().sum(0)
@@ -536,6 +555,8 @@ def pathwise_loss(model, part, old, learner, c):
         x = gaussian_step(plan, k, x, v)[0] + part["noise"][:, j]
     images = decode(model.module, x, quantize=False)
     features = learner.nets(images + (images.to(torch.uint8) - images).detach())
+    if not features.requires_grad:
+        fail(f"{learner.nets.name} gives features without a gradient, which --objective=pathwise follows", code=1)
     return learner.reference.influence(features), None, 0.0
 
 
@@ -543,7 +564,7 @@ OBJECTIVES = {"ppo": (ppo_pairs, ppo_loss), "forward": (forward_pairs, forward_l
               "pathwise": (pathwise_pairs, pathwise_loss)}
 
 
-def learn(c, ddp, learner, rollout, it, rng):
+def learn(c, ddp, learner, rollout, base, it, rng):
     """
     One update on this rank's rollout, within the trust region; returns what is logged. Random numbers are drawn for the
     whole batch, so that they do not depend on the ranks. Exit code 1 if the update is not finite.
@@ -558,11 +579,12 @@ def learn(c, ddp, learner, rollout, it, rng):
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
         used = used.nonzero().flatten()
         pairs = {k: x[used] for k, x in pairs.items()}
-    limited = c.kl_limit > 0 and len(plan.noisy) > 0
+    limited, v_ratio = c.kl_limit > 0 and len(plan.noisy) > 0, None
     if limited:
         start = [p.detach().clone() for p in params]
         steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
         before = probe(model, rollout, plan, steps)
+        v_ratio = norm_ratio(before, model, rollout, plan, steps, params, base)
     with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
         norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
     kl, kl_se, halvings = None, None, 0
@@ -572,7 +594,7 @@ def learn(c, ddp, learner, rollout, it, rng):
         fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
     if kl:
         kl, halvings = trust_region(kl, c.kl_limit, params, start)
-    return dict(kl=kl, kl_se=kl_se, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
+    return dict(kl=kl, kl_se=kl_se, v_ratio=v_ratio, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
 
 
 def optimize(ddp, learner, pairs, loss_of, c, weight):
@@ -636,6 +658,17 @@ def probe(model, rollout, plan, steps):
     return model(x, plan.t[own].to(x.device), rollout.labels[i])
 
 
+@torch.no_grad()
+def norm_ratio(v, model, rollout, plan, steps, params, base):
+    """Norm of the outputs v over that of the base's at the same states: one that grows is a sign of a hacked reward."""
+    start = [p.clone() for p in params]
+    torch._foreach_copy_(params, base)
+    squares = torch.stack([x.double().square().sum() for x in (v, probe(model, rollout, plan, steps))])
+    torch._foreach_copy_(params, start)
+    dist.all_reduce(squares)
+    return (squares[0] / squares[1]).sqrt().item()
+
+
 def path_kl(plan, steps, chance, before, after):
     """KL of an image's path, new policy against old, sum_t kappa_t |v - v_old|^2, and its standard error, in nats."""
     weight = (plan.kappa[steps] / chance)[dist.get_rank()::dist.get_world_size()]
@@ -647,9 +680,8 @@ def path_kl(plan, steps, chance, before, after):
 @torch.no_grad()
 def trust_region(kl, limit, params, start):
     """
-    Shorten the step from `start` to the present params if its path KL is above the limit. KL grows with the square of
-    the step, so halving the step quarters it: it is shortened by 2^-h with the smallest h that brings the KL below
-    (extrapolated, not measured again). Returns the KL of what is left, in nats per image, and h.
+    Shorten the step from `start` to the params by 2^-h, with the smallest h that brings its path KL below the limit: KL
+    grows with the step's square (extrapolated, not measured again). Returns the KL left, in nats per image, and h.
     """
     halvings = max(0, math.ceil(math.log(kl / limit, 4)))
     if halvings:
@@ -728,21 +760,6 @@ def log(c, rows, row, seconds, bar):
         tqdm.write(f"{row['it']:5d}  {row['sampler']:10s}  fd {row['fd']:8.5g}  reward {row['reward']:+.1e} +- "
                    f"{row['reward_std']:.1e}  kl {kl}  clipped {row['clipped']:4.0%}  grad {row['grad_norm']:.1e}  "
                    f"{c.batch / seconds:6.0f} images/s")
-
-
-def finish(c, before, after, rows, drawn, seconds, train_seconds):
-    """Pictures, curve, result.json and the table of a finished run."""
-    curves = {name: [(row["images"], row["fd"]) for row in rows if row["sampler"] == name]
-              for name in c.samplers}
-    save_curves(os.path.join(c.out, "curve.png"), curves, "images", f"{c.reward} of the rollouts in {c.features[0]}")
-    if after:
-        save_grid(os.path.join(c.out, "after.png"), after[0]["images"])
-        print0(compare(before, after))
-    with whole(os.path.join(c.out, "result.json")) as f:
-        shown = dict(before=[public(row) for row in before], after=[public(row) for row in after])
-        f.write(json.dumps(dict(shown, seconds=seconds, train_seconds=train_seconds, images=drawn)).encode())
-    print0(f"{seconds:.0f} s in all; {c.out}/ckpt.pt, result.json, log.jsonl, curve.png"
-           + (", before.png, after.png" if after else ""))
 
 
 if __name__ == "__main__":
