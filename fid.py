@@ -316,6 +316,7 @@ class OwnNet:
     """A user's file: its net(device) returns a callable, uint8 (n, 3, H, W) => float (n, d); .size, if it has one."""
     def __init__(self, path, device):
         self.path, self.name, self.dim = path, os.path.splitext(os.path.basename(path))[0], None
+        self.hash = sha256(path) if os.path.isfile(path) else ""
         with reading(path, "makes no network"):
             self.net = of_file(path, "net")(device)
         self.size = getattr(self.net, "size", None)
@@ -357,9 +358,10 @@ def feature_net(name, path=None, device="cpu"):
 
 def feature_nets(names, path, device):
     """The networks of these names, each of another; path: weights of inception or dinov2."""
-    if len(set(names)) < len(names):
-        fail(f"features {names}: needed are different feature networks")
-    return [feature_net(name, path if name in WEIGHTS else None, device) for name in names]
+    nets = [feature_net(name, path if name in WEIGHTS else None, device) for name in names]
+    if len({net.name for net in nets}) < len(nets):
+        fail(f"features {' '.join(names)}: needed are networks of different names")
+    return nets
 
 
 # ---- Images from disk -----------------------------------------------------------------------------------------------
@@ -827,8 +829,9 @@ def two_sample_accuracy(fake, real, passes=10, batch=64):
     Classifier two-sample test (Lopez-Paz & Oquab 2017): a small network learns to tell generated from real images,
     uint8 (N, 3, H, W), on one half of them; returns its share of right answers on the other. 0.5 is perfect.
     """
-    n = min(len(fake), len(real)) // 2 * 2
-    x = torch.cat([fake[:n], real[:n].to(fake.device)]).float() / 127.5 - 1
+    n, rng = min(len(fake), len(real)) // 2 * 2, torch.Generator().manual_seed(0)
+    mixed = [x[torch.randperm(len(x), generator=rng)[:n]] for x in (fake.cpu(), real.cpu())]    # classes come in turns
+    x = torch.cat(mixed).to(fake.device).float() / 127.5 - 1
     x, y = F.adaptive_avg_pool2d(x, min(64, x.shape[3])), (torch.arange(2 * n, device=x.device) >= n).float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)

@@ -2041,6 +2041,22 @@ def test_a_wrong_network_of_ones_own_is_one_line(tmp_path, what, change, said):
     assert "my_net.py" in line and said in line or said == "makes no network" and "NoneType" in line, line
 
 
+def test_networks_and_rewards_of_ones_own_do_not_get_mixed_up(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path / name, {"net.py": OWN.replace("manual_seed(0)", f"manual_seed({ord(name)})").encode()})
+    both = [tmp_path / "a" / "net.py", tmp_path / "b" / "net.py"]
+    assert "different names" in mistakes(fid, "--num=20", "--features", *both)[1]
+    assert run(fid, "--num_real=50", "--features", both[0], "--stats", tmp_path / "s.npz")[0] == 0
+    assert "other weights" in mistakes(fid, "--num=20", "--real", tmp_path / "s.npz", "--features", both[1])[1]
+    assert "leave one out" in mistakes(train_rl, PATHWISE, "--reward", both[0], "--out", tmp_path)[1]
+    rewards = OWN.replace("    assert features", "    features.mul_(100).requires_grad_()\n    assert features")
+    put(tmp_path / "c", {"net.py": rewards.encode()})
+    code, _, err = run(train_rl, *QUICK, "--num=0", "--reward", tmp_path / "c" / "net.py", "--epochs=2", "--out",
+                       tmp_path)
+    fd = json.loads(open(tmp_path / "log.jsonl").readline())["fd"]
+    assert code == 0 and fd == short_run()[1][0]["fd"], err
+
+
 def test_a_network_without_a_gradient_or_a_file(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.replace("def features", "@torch.no_grad()\n    def features"))
     assert "without a gradient" in mistakes(train_rl, *QUICK, "--num=0", PATHWISE, "--features", tmp_path / "mine.py",
@@ -2085,6 +2101,10 @@ def test_classifier_two_sample_test(tmp_path, monkeypatch):
     a, b = fid.tiny_images(600, 0, "floor")[0], fid.tiny_images(600, 0, "report")[0]
     assert abs(fid.two_sample_accuracy(a, b) - 0.5) < 0.08
     assert fid.two_sample_accuracy(a.flip(1), b) < 0.6 < 0.75 < fid.two_sample_accuracy(a // 2, b)
+    even = torch.arange(600) % 2 == 0                           # whole classes that are wrong, as classes come in turns
+    assert fid.two_sample_accuracy(torch.where(even.view(-1, 1, 1, 1), a // 2, a), b) > 0.55
+    order = fid.hashed_order(map(str, range(600)))
+    assert abs(fid.two_sample_accuracy(a, b[[int(k) for k in order]]) - 0.5) < 0.08
     code, out, err = run(train_rl, *QUICK, "--num=200", "--judges", "factors", "c2st", "--out", tmp_path)
     told = [row["c2st"] for row in json.load(open(tmp_path / "result.json"))["before"]]
     assert code == 0 and len(told) == 2 and f"tells {told[0]:.1%} of held-out images" in out, err

@@ -247,6 +247,8 @@ def check(c, world):
         fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
     if (c.subset > 1) + (c.reward == "sample") + (c.objective == "pathwise") > 1:
         fail("a subset above 1, --reward=sample and --objective=pathwise exclude each other; name one of them")
+    if c.reward.endswith(".py") and c.objective == "pathwise":
+        fail(f"--objective=pathwise follows the gradient of the distance, not --reward={c.reward}; leave one out")
     for name, (needed, met) in NEEDS.items():
         if name in c.given and not met(c):
             print0(f"note: --{name} does nothing without {needed}")
@@ -411,7 +413,7 @@ def own_reward(c, features, labels):
     (K, n, d), (K, n) => a number for each. Exit code 1 for anything else.
     """
     with reading(c.reward, "gives no reward"):
-        found = of_file(c.reward, "reward")(features, labels.to(features.device)).double()
+        found = of_file(c.reward, "reward")(features.clone(), labels.to(features.device)).detach().double()
         if found.shape != (len(features),) or not found.isfinite().all():
             raise ValueError(f"needed are {len(features)} finite numbers, one each; it gave {tuple(found.shape)}")
     return found

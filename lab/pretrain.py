@@ -181,6 +181,8 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     eighth, and a run that finds it resumes from it. Every rank draws its share of a batch.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    if batch % world:
+        fail(f"batch_size {batch} does not divide over {world} ranks")
     rng = torch.Generator(x.device).manual_seed(seed + 1_000_003 * rank)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -194,7 +196,9 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     if state_path and os.path.exists(state_path):
         state = read_checkpoint(state_path)
         seen, earlier = state["seen"], state["seconds"]
-        rng.set_state(state["rng"][rank % len(state["rng"])].clone())     # of a view torch reads the start
+        rng.manual_seed(seed + 1_000_003 * rank + seen)                 # of a rank that was not there before
+        if rank < len(state["rng"]):
+            rng.set_state(state["rng"][rank].clone())                   # of a view torch reads the start
         for thing, part in zip(stateful, state["parts"]):
             thing.load_state_dict(part)
     began = time.time() - earlier

@@ -62,6 +62,8 @@ def main(argv=None):
         if not c.ckpts:
             fail("no generators; name them by --ckpts a.pt b.pt")
         models = [load(path, device) for path in c.ckpts]
+        if len({model.shape for model in models}) > 1:
+            fail(f"the generators draw {', '.join(str(model.shape) for model in models)}; needed is one size", code=1)
         images = open_images(c.real)
         names, y = image_classes(images)
         if not names:
