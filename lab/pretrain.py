@@ -303,6 +303,9 @@ def make_base(c, family, path, make_assets, device):
     num, steps = c.num or 1_000, 10 if model.family == "sit" else 5        # heun evaluates twice
 
     def snapshot(eighth, seen, averages):
+        # The skewed base is an asset of half the size: rounding it changes its FD by less than its standard error.
+        if dist.get_rank() == 0:
+            save(path, averages[c.ema], torch.float16 if c.skew < 1 else None, images=seen)
         for std, average in averages.items():
             if not make_assets and std != c.ema:
                 continue
@@ -311,9 +314,6 @@ def make_base(c, family, path, make_assets, device):
                    f"({net.name}, {num} images, {row['sampler']}, {row['steps']} steps)")
             if make_assets and eighth > 4 and dist.get_rank() == 0:         # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), average, torch.float16, images=seen)
-        # The skewed base is an asset of half the size: rounding it changes its FD by less than its standard error.
-        if dist.get_rank() == 0:
-            save(path, averages[c.ema], torch.float16 if c.skew < 1 else None, images=seen)
 
     if not (make_assets or c.resume):
         move_aside(folder, map(glob.escape, files))
@@ -340,9 +340,9 @@ def check(c):
     if min(c.images, c.batch_size, c.minutes, c.lr, c.lr_knee, c.num, c.heads) < 0:
         fail(f"images {c.images}, batch_size {c.batch_size}, minutes {c.minutes}, lr {c.lr}, lr_knee {c.lr_knee}, num "
              f"{c.num}, heads {c.heads}: none may be negative")
-    if min(c.size, c.width, c.depth, c.patch) < 1 or len(c.features) > 1:
-        fail(f"size {c.size}, width {c.width}, depth {c.depth}, patch {c.patch}, features {c.features}: needed are at "
-             "least 1, and one feature network")
+    if min(c.size, c.width, c.depth, c.patch) < 1 or len(c.features) > 1 or c.num == 1:
+        fail(f"size {c.size}, width {c.width}, depth {c.depth}, patch {c.patch}, num {c.num}, features {c.features}: "
+             "needed are at least 1, two images for FD, and one feature network")
 
 
 def run(c):
