@@ -2121,7 +2121,8 @@ def test_a_target_of_which_only_mean_and_covariance_are_known(tmp_path):
 
 
 def test_norm_of_the_outputs_is_that_of_the_base_at_first(tmp_path):
-    rows = short_run("--lr=3e-3", "--kl_limit=5")[1]
+    far, rows = short_run("--lr=3e-3", "--kl_limit=1e-4")[1], short_run("--lr=3e-3", "--kl_limit=5")[1]
+    assert far[0]["halvings"] > rows[0]["halvings"] and math.isclose(far[0]["kl_se"] / far[0]["kl"], rows[0]["kl_se"] / rows[0]["kl"])
     assert rows[0]["v_ratio"] == 1 and 0 < abs(rows[1]["v_ratio"] - 1) < 0.5
 
 

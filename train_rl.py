@@ -586,7 +586,9 @@ def learn(c, ddp, learner, rollout, base, it, rng):
         start = [p.detach().clone() for p in params]
         steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
         before = probe(model, rollout, plan, steps)
-        v_ratio = norm_ratio(before, model, rollout, plan, steps, params, base)
+        torch._foreach_copy_([p.detach() for p in params], base)
+        v_ratio = norm_ratio(before, probe(model, rollout, plan, steps))
+        torch._foreach_copy_([p.detach() for p in params], start)
     with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
         norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / len(rollout.labels))
     kl, kl_se, halvings = None, None, 0
@@ -596,6 +598,7 @@ def learn(c, ddp, learner, rollout, base, it, rng):
         fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
     if kl:
         kl, halvings = trust_region(kl, c.kl_limit, params, start)
+        kl_se = kl_se / 4**halvings
     return dict(kl=kl, kl_se=kl_se, v_ratio=v_ratio, halvings=halvings, clipped=clipped, grad_norm=norm, lr=lr)
 
 
@@ -637,7 +640,7 @@ def card_memory(c, pairs, quiet):
            f"pairs at once, of {room / 2**30:.1f}: some --micro_batch={max(1, int(fits))} would fit")
 
 
-PROBED = 32     # (image, step) pairs that the path KL is measured on: a few percent of its value, under 2 % of the time
+PROBED = 32     # (image, step) pairs that the path KL is measured on, to 4 to 11 %, in 2 % of the time
 
 
 def probed_steps(plan, count, rng):
@@ -660,13 +663,9 @@ def probe(model, rollout, plan, steps):
     return model(x, plan.t[own].to(x.device), rollout.labels[i])
 
 
-@torch.no_grad()
-def norm_ratio(v, model, rollout, plan, steps, params, base):
+def norm_ratio(v, of_base):
     """Norm of the outputs v over that of the base's at the same states: one that grows is a sign of a hacked reward."""
-    start = [p.clone() for p in params]
-    torch._foreach_copy_(params, base)
-    squares = torch.stack([x.double().square().sum() for x in (v, probe(model, rollout, plan, steps))])
-    torch._foreach_copy_(params, start)
+    squares = torch.stack([x.double().square().sum() for x in (v, of_base)])
     dist.all_reduce(squares)
     return (squares[0] / squares[1]).sqrt().item()
 
