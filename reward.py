@@ -24,6 +24,7 @@ from scipy.special import ellipj, ellipkm1
 QUADRATURE_ERROR = 2e-7
 # Variance below this fraction of the largest is rounding (that of features in float32 included), not data.
 RANK_FLOOR = 1e-12
+AT_ONCE = 2**17     # numbers in the buffer of by_determinants
 
 
 def check_features(f, axes, dim, least=0):
@@ -209,21 +210,23 @@ def quadrature(low, high, curvature, allowed):
 def higher_orders(vals, rows, signs, shared, t, c):
     """Half the sum of c_j (log det(I + D G_j) - tr(D G_j)) per candidate, D = diag(signs): (K,)."""
     K, m, r = rows.shape
-    own = m - shared
+    own, nodes = m - shared, len(t)
     scale = 1 / (vals + t[:, None, None])                                   # (nodes, 1, r)
-    scaled = rows.new_empty(len(t), own, r)                                 # one buffer for all: half of the time
-    G, eye = rows.new_empty(len(t), m, m), torch.eye(m).to(rows)
+    some = max(1, AT_ONCE // (nodes * own * r))                             # candidates at once
+    scaled = rows.new_empty(some, nodes, own, r)                            # one buffer for all: half of the time
+    G, eye = rows.new_empty(some, nodes, m, m), torch.eye(m).to(rows)
     if shared:                              # what all candidates share needs its Gram matrices once
-        G[:, own:, own:] = rows[0, own:] * scale @ rows[0, own:].T
+        G[:, :, own:, own:] = rows[0, own:] * scale @ rows[0, own:].T
     changes = []
-    for Y in rows:                                                          # (m, r)
-        torch.mul(Y[:own], scale, out=scaled)
-        G[:, :own] = (scaled.flatten(0, 1) @ Y.T).view(len(t), own, m)
-        G[:, own:, :own] = G[:, :own, own:].mT
-        X = signs[:, None] * G                                              # D G
-        log_det = torch.linalg.slogdet(eye + X).logabsdet
-        changes.append(c @ (log_det - X.diagonal(dim1=1, dim2=2).sum(1)) / 2)
-    return torch.stack(changes)
+    for Y in rows.split(some):                                              # (k, m, r)
+        k = len(Y)
+        torch.mul(Y[:, None, :own], scale, out=scaled[:k])
+        G[:k, :, :own] = (scaled[:k].flatten(1, 2) @ Y.mT).view(k, nodes, own, m)
+        G[:k, :, own:, :own] = G[:k, :, :own, own:].mT
+        X = signs[:, None] * G[:k]                                          # D G
+        log_det = torch.linalg.slogdet(eye + X).logabsdet                   # (k, nodes)
+        changes.append((log_det - X.diagonal(dim1=2, dim2=3).sum(2)) @ c / 2)
+    return torch.cat(changes)
 
 
 def by_determinants(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
@@ -243,11 +246,11 @@ def by_determinants(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
     allowed = tolerance * max(added, 1)**0.5 * rows.square().sum(1) @ half_inverse_root
     low = (1 - shrink) * vals[0].item()
     high = vals[-1].item() + new.square().sum((1, 2)).max().item()
-    t, c, error = quadrature(low, high, curvature, allowed)
+    t, c, error = quadrature(low, high, curvature.cpu(), allowed.cpu())     # a GPU is asked once
     if not (error <= allowed).all():
         return None
     first_order = signs @ rows.square() @ half_inverse_root
-    return first_order + higher_orders(vals, rows, signs, shared, t, c)
+    return first_order + higher_orders(vals, rows, signs, shared, t.to(vals), c.to(vals))
 
 
 def by_eigenvalues(vals, rows, added):      # see root_trace_change

@@ -853,14 +853,14 @@ def test_half_precision_of_the_network_alone(family, device, monkeypatch):
     assert max(4 * spread["replay"], 0.005) < spread["float32"] < spread["bfloat16"] / 4, spread
 
 
-@pytest.mark.parametrize("objective", ["ppo", "forward"])
-def test_gradients_of_edm2_in_half_precision(objective):
-    """A loss that is divided by the number of images before float16 sees it would lose most of them."""
-    model, plan = random_edm2(), sample.schedule("ancestral", 5, None, (0.1, 10.0))
+@pytest.mark.parametrize("objective, size, n", [("ppo", 16, 48), ("forward", 16, 48), ("forward", 128, 8)])
+def test_gradients_of_edm2_in_half_precision(objective, size, n):
+    """A loss that is divided by the number of images, or of pixels, before float16 sees it would lose some of them."""
+    model, plan = random_edm2(img_resolution=size), sample.schedule("ancestral", 5, None, (0.1, 10.0))
     c = options(times=2, micro_batch=480)
-    labels, (pairs_of, loss_of) = torch.arange(48) % 10, train_rl.OBJECTIVES[objective]
-    states, outputs = train_rl.roll_out(sample.Guided(model), torch.arange(48), labels, plan, 0, 48)
-    rollout = train_rl.Rollout(states, outputs, labels, torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    labels, (pairs_of, loss_of) = torch.arange(n) % 10, train_rl.OBJECTIVES[objective]
+    states, outputs = train_rl.roll_out(sample.Guided(model), torch.arange(n), labels, plan, 0, n)
+    rollout = train_rl.Rollout(states, outputs, labels, torch.randn(n, generator=torch.Generator().manual_seed(0)))
     found = {}
     for bf16 in (False, True):
         guided = sample.Guided(model, bf16=bf16)
@@ -869,9 +869,9 @@ def test_gradients_of_edm2_in_half_precision(objective):
         learner = train_rl.Learner(plan, None, None, None, torch.optim.SGD(model.parameters(), 0.0))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, most: torch.tensor(1.0))
-            train_rl.optimize(ddp, learner, pairs, loss_of, c, 1e-3 / 480)
+            train_rl.optimize(ddp, learner, pairs, loss_of, c, 1e-3 / n)
         found[bf16] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone()
-    assert error(found[True], found[False]) < 0.05 and (found[True] == 0).float().mean() < 0.01
+    assert error(found[True], found[False]) < 0.05 and (found[True] == 0).float().mean() < 0.001
 
 
 def test_pairs_hold_what_the_sampler_did():
@@ -1057,7 +1057,7 @@ def test_advantage_one_is_training_on_the_images():
     pairs = {k: v.double() if v.is_floating_point() else v for k, v in pairs.items()}
     model, gradients = model.double(), []
     with float64():
-        for loss in (lambda: train_rl.forward_loss(model, pairs, None, policy, c)[0].mean(),
+        for loss in (lambda: train_rl.forward_loss(model, pairs, None, policy, c)[0].mean() / 768,
                      lambda: (model(pairs["x"], pairs["t"], pairs["y"]) - pairs["u"]).square().mean() / 2):
             model.zero_grad()
             loss().backward()
@@ -2846,7 +2846,7 @@ def test_forward_objective_of_edm2_is_that_of_its_unit_variance_output():
     s, total = sigma.view(-1, 1, 1, 1), (sigma.view(-1, 1, 1, 1)**2 + 0.25).sqrt()
     as_F = lambda D: (D - 0.25 / total**2 * x) / (0.5 * s / total)
     F_new, F_old, F_target = as_F(model(x, sigma, y)), as_F(old), as_F(x1)
-    exact = (-A.view(-1, 1, 1, 1) * (F_target - F_old) * F_new + 0.5 * (F_new - F_old).square()).mean((1, 2, 3))
+    exact = (-A.view(-1, 1, 1, 1) * (F_target - F_old) * F_new + 0.5 * (F_new - F_old).square()).sum((1, 2, 3))
     grads = [torch.autograd.grad(z.sum(), model.unet.out_conv.weight, retain_graph=True)[0] for z in (loss, exact)]
     assert error(*grads) < 1e-10
     assert abs(as_F(x1).var() - 1) < 0.8

@@ -187,8 +187,8 @@ def of_network(name, model, images, few):
     for form, (bf16, how) in (forms | {half: (True, contextlib.nullcontext)}).items():
         network = Guided(model, bf16=bf16)
 
-        def learn():                        # the gradient in the output as --objective=forward has it
-            loss = (network(x[:few], t[:few], y[:few]) * x[:few].flip(0)).flatten(1).mean(1).sum()
+        def learn():                        # the gradient in the output is as large as that of --objective=forward
+            loss = (network(x[:few], t[:few], y[:few]) * x[:few].flip(0)).sum()
             gradients[form] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
 
         with how():
