@@ -44,7 +44,7 @@ import models
 import reward
 import sample
 import train_rl
-from lab import bench, pretrain, rivals, shares
+from lab import bench, pretrain, quality, rivals, shares
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
@@ -2122,8 +2122,12 @@ def test_a_target_of_which_only_mean_and_covariance_are_known(tmp_path):
 
 def test_norm_of_the_outputs_is_that_of_the_base_at_first(tmp_path):
     far, rows = short_run("--lr=3e-3", "--kl_limit=1e-4")[1], short_run("--lr=3e-3", "--kl_limit=5")[1]
-    assert far[0]["halvings"] > rows[0]["halvings"] and math.isclose(far[0]["kl_se"] / far[0]["kl"], rows[0]["kl_se"] / rows[0]["kl"])
-    assert rows[0]["v_ratio"] == 1 and 0 < abs(rows[1]["v_ratio"] - 1) < 0.5
+    share = [row["kl_se"] / row["kl"] for row in (far[0], rows[0])]
+    assert far[0]["halvings"] > rows[0]["halvings"] and math.isclose(*share)
+    ode = short_run("--lr=3e-3", "--objective=forward", "--samplers=euler")[1]
+    for rows in (rows, ode):
+        assert rows[0]["v_ratio"] == 1 and 0 < abs(rows[1]["v_ratio"] - 1) < 0.5
+    assert ode[1]["kl"] is None
 
 
 def test_a_base_of_any_size(tmp_path):
@@ -3791,6 +3795,23 @@ def test_resumed_on_a_gpu_is_uninterrupted(tmp_path):
 def test_nccl_of_one_rank(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--", "train_rl.py"]
     process_on_gpu("train_rl", "--iters=2", "--num=200", "--batch=80", f"--out={tmp_path}", launcher=launcher)
+
+
+# ---- Evidence -------------------------------------------------------------------------------------------------------
+
+def test_policy_gradient_points_along_the_gradient_of_fd():
+    """Of the same policy; a shuffled reward's does not."""
+    c = models.configure(vars(quality), [])
+    true = quality.gradients(c, ["--batch=640", "--objective=pathwise", "--horizon=10"], 1, 1)[0]
+    cosine = lambda *argv: torch.cosine_similarity(true, quality.gradients(c, ["--batch=640", *argv], 1, 2)[0], dim=0)
+    assert cosine() > 0.3 and abs(cosine("--advantage=shuffled")) < 0.15 and cosine(FORWARD) > 0.3
+
+
+def test_reward_orders_policies_better_with_more_images(capsys):
+    quality.main(["--parts", "reward", "--images=4000", "--share=0.5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-7:]]
+    right = [float(row[2].rstrip("%")) for row in rows]
+    assert 50 < right[0] < right[2] < right[-1] and right[-1] > 75
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------

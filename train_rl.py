@@ -582,8 +582,8 @@ def learn(c, ddp, learner, rollout, base, it, rng):
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
         used = used.nonzero().flatten()
         pairs = {k: x[used] for k, x in pairs.items()}
-    limited, v_ratio = c.kl_limit > 0 and len(plan.noisy) > 0, None
-    if limited:
+    v_ratio, limited = None, c.kl_limit > 0 and len(plan.noisy) > 0         # an ODE's path has no probability
+    if c.kl_limit:
         start = [p.detach().clone() for p in params]
         steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
         before = probe(model, rollout, plan, steps)
@@ -646,13 +646,17 @@ PROBED = 32     # (image, step) pairs that the path KL is measured on, to 4 to 1
 
 
 def probed_steps(plan, count, rng):
-    """A noisy step for each of the first `count` images, and its chance (count,): in proportion to kappa^(1/2)."""
-    chance = plan.kappa[plan.noisy].double().sqrt()
+    """
+    A noisy step for each of the first `count` images, and its chance (count,), in proportion to kappa^(1/2); of an ODE
+    any step.
+    """
+    steps = plan.noisy if len(plan.noisy) else torch.arange(len(plan.t))
+    chance = plan.kappa[steps].double().sqrt() if len(plan.noisy) else torch.ones(len(steps), dtype=torch.float64)
     chance = chance / chance.sum()
     place = (torch.arange(count) + torch.rand(1, generator=rng)) / count                # each step as often as expected
     k = torch.searchsorted(chance.cumsum(0), place.double()).clamp(max=len(chance) - 1)
     k = k[torch.randperm(count, generator=rng)]
-    return plan.noisy[k], chance[k]
+    return steps[k], chance[k]
 
 
 @torch.no_grad()
