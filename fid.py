@@ -300,11 +300,22 @@ class PublishedNet:
             return torch.cat([self.features(part) for part in images.split(128 if images.is_cuda else 32)])
 
 
+first_sha256 = lru_cache(maxsize=None)(sha256)      # of a Python file, which may be edited while a run goes on
+
+
+def versioned(option):
+    """The value of an option; with names of Python files goes the beginning of their hash."""
+    if isinstance(option, list):
+        return [versioned(value) for value in option]
+    return f"{option} ({first_sha256(option)[:8]})" if str(option).endswith(".py") else option
+
+
 @lru_cache(maxsize=None)
 def of_file(path, name):
     """The function `name` of a user's Python file, which is run; exit code 2 if there is no file, 1 if it does not."""
     if not os.path.isfile(path):
         fail(f"no file {path!r}; needed: Python with a function {name}")
+    first_sha256(path)
     with reading(path, f"gives no function {name}"):
         spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
         module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fid import finish, reward_networks, table_of
+from fid import finish, reward_networks, table_of, versioned
 from models import (ASSETS, Stop, configure, fail, gather, move_aside, moved, print0, read_checkpoint,
                     save, setup, stored_parts, take_preset, whole, writable)
 from reward import ReferenceSet, Stream, long_enough
@@ -219,14 +219,14 @@ class Search:
         self.c, self.basis, self.nets, self.real, self.bar = c, basis, nets, real, bar
         self.drawn, self.log = 0, []
         self.folder = os.path.join(c.out, "cache", method)
-        self.key = {name: c[name] for name in c if name not in ("resume", "out", "preset", "num", "judges")}
+        self.key = {name: versioned(c[name]) for name in c if name not in ("resume", "out", "preset", "num", "judges")}
         self.key["files"] = [os.path.basename(path) for path in basis.paths]        # that globs have found
 
     def stored(self, path):
         """What this very search has written to `path`, or None; the ranks agree, whatever each sees of the folder."""
         kept = read_checkpoint(path) if self.c.resume and os.path.exists(path) else None
         if kept and kept.get("key") != self.key:
-            fail(f"{self.folder} belongs to another search; repeat its options, or leave out --resume", 1)
+            fail(f"{self.folder} belongs to another search; repeat its options and files, or leave out --resume", 1)
         everywhere = torch.tensor(int(kept is not None))
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return kept if everywhere else None

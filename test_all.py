@@ -3417,6 +3417,11 @@ def test_a_resumed_merge_is_of_the_same_files(tmp_path):
     assert run(merge_rl, *argv)[0] == 0 and run(merge_rl, *argv, "--resume")[0] == 0
     shutil.copy(SNAPSHOTS[2], tmp_path)
     assert "another search" in mistakes(merge_rl, *argv, "--resume", expect=1)[1]
+    edited(tmp_path / "mine.py", OWN)
+    argv += ["--features", tmp_path / "mine.py"]
+    assert run(merge_rl, *argv)[0] == 0 and run(merge_rl, *argv, "--resume")[0] == 0
+    edited(tmp_path / "mine.py", OWN + "# edited")
+    assert "another search" in mistakes(merge_rl, *argv, "--resume", expect=1)[1]
 
 
 def test_merging_finds_its_files(tmp_path):
@@ -3519,6 +3524,31 @@ def test_resume_uses_the_state_before_a_damaged_one(tmp_path):
     for option in ("samplers=flow,sigma", "subset=10", "features=tiny2", "reward=kid"):
         name = option.partition("=")[0]
         assert f"has {name} " in mistakes(train_rl, *argv, "--resume", f"--{option}", expect=2)[1]
+
+
+def edited(path, text):
+    """A Python file as the next process finds it."""
+    path.write_text(text)
+    fid.of_file.cache_clear()
+    fid.first_sha256.cache_clear()
+
+
+@pytest.mark.parametrize("option", ["features", "reward"])
+def test_resume_refuses_an_edited_file(tmp_path, option, monkeypatch):
+    """Edited after the run or while it goes on: its state is of the network or reward that it began with."""
+    mine, other, roll_out = tmp_path / "mine.py", OWN + "# edited", train_rl.roll_out
+    argv = [*SHORT, "--iters=2", f"--{option}", mine, "--out", tmp_path]
+    for moment in ("after", "within"):
+        edited(mine, OWN)
+        monkeypatch.setattr(train_rl, "roll_out", lambda *a: (
+            mine.write_text(other) if moment == "within" else None, roll_out(*a))[1])
+        assert run(train_rl, *argv)[0] == 0
+        edited(mine, other)
+        line = mistakes(train_rl, *argv, "--resume", "--iters=3", expect=2)[1]
+        assert len(set(re.findall(r"mine\.py \(([0-9a-f]{8})\)", line))) == 2 and f"has {option} " in line, line
+        edited(mine, OWN)
+        code, out, err = run(train_rl, *argv, "--resume", "--iters=3")
+        assert code == 0 and "resumed at iteration 2" in out, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fid import finish, of_file, reward_networks, table_of
+from fid import finish, of_file, reward_networks, table_of, versioned
 from models import (Recomputed, Stop, configure, fail, gather, move_aside, moved, normalize_filters, print0, reading,
                     save, setup, take_preset, whole, writable)
 from reward import KernelSet, ReferenceSet, Stream, long_enough
@@ -233,7 +233,7 @@ def check(c, world):
     """What people get wrong on the command line, before anything is loaded."""
     for name, choices in (("reward", ("fd", "kid", "sample")), ("objective", tuple(OBJECTIVES)),
                           ("advantage", ("reward", "shuffled", "constant")), ("stream", ("report", "select"))):
-        if c[name] not in choices and not (name == "reward" and c.reward.endswith(".py")):
+        if c[name] not in choices and not (name == "reward" and c.reward.endswith(".py") and of_file(c.reward, name)):
             fail(f"unknown {name} {c[name]!r}; choose {', '.join(choices)}")
     for name, least in dict(iters=1, batch=2 * world, subset=1, reference=2 * world, times=0, epochs=1, batch_size=1,
                             micro_batch=1, save_every=1, keep=0, refresh=0, kl_limit=0, lr=0, noisiest=0.01).items():
@@ -704,7 +704,7 @@ FREE = ("out", "resume", "save_every", "keep", "judges", "num", "stream")       
 
 def of_the_run(c):
     """What a checkpoint says of how it was made: the same whether the run was resumed or not."""
-    return {k: v for k, v in c.items() if k not in FREE}
+    return {k: versioned(v) for k, v in c.items() if k not in FREE}
 
 
 def save_state(c, it, drawn, rows, model, average, learners):
@@ -722,19 +722,19 @@ def save_state(c, it, drawn, rows, model, average, learners):
 
 def read_state(c):
     """The newest whole state in OUT, or None. Options that differ from those it was made with are printed."""
-    paths = [os.path.join(c.out, name) for name in ("state.pt", "state.previous.pt")]
+    paths, now = [os.path.join(c.out, name) for name in ("state.pt", "state.previous.pt")], of_the_run(c)
     for path in filter(os.path.isfile, paths):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            was = {k: state["config"].get(k) for k in of_the_run(c)}
+            was = {k: state["config"].get(k) for k in now}
         except Exception as e:              # a file that was cut short can raise anything
             print0(f"note: {path} is cut short or damaged ({type(e).__name__}); trying the state before it")
             continue
         for name in ("samplers", "features", "reward", "subset"):
-            if was[name] != c[name]:
-                fail(f"{c.out} has {name} {was[name]}, now {c[name]}, and each has its own reference: resume with the "
-                     "same, or start in another folder")
-        changed = [f"{k}={v}, now {c[k]}" for k, v in was.items() if v != c[k]]
+            if was[name] != now[name]:
+                fail(f"{c.out} has {name} {was[name]}, now {now[name]}, and each has its own reference: resume with "
+                     "the same, or start in another folder")
+        changed = [f"{k}={v}, now {now[k]}" for k, v in was.items() if v != now[k]]
         if changed:
             print0(f"note: the run in {c.out} had {'; '.join(changed)}")
         return state
