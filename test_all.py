@@ -2154,8 +2154,33 @@ def test_a_base_of_any_size(tmp_path):
     sample.save_grid(str(tmp_path / "g.png"), torch.zeros(30, 3, 256, 256, dtype=torch.uint8))
     assert Image.open(tmp_path / "g.png").size == (7 * 256, 5 * 256)
     for argv, said in ((["--size=30", "--patch=4"], "patches of 4"), (["--width=50"], "heads"),
-                       (["--size=0"], "at least 1")):
+                       (["--size=0"], "at least 1"),
+                       *[(["--ckpt=sit-tiny", f"--{name}"], f"--{name.partition('=')[0]}: --ckpt has its own")
+                         for name in ("size=32", "width=32", "depth=1", "patch=2", "preset=S/4")]):
         assert said in mistakes(pretrain, "--real", folder, "--out", tmp_path / "b.pt", *own, *argv)[1]
+    assert "a folder is needed" in mistakes(pretrain, "--out", tmp_path / "new.pt", "--minutes=10")[1]
+
+
+def test_a_base_is_resumed_by_the_options_it_was_made_with(tmp_path):
+    folder, other = make_folder(tmp_path / "f", 40, 2), make_folder(tmp_path / "g", 40, 2)
+    argv = ["--real", folder, "--width=32", "--depth=1", "--features=factors", "--num=20", "--batch_size=20"]
+    argv += ["--out", tmp_path / "b.pt", "--images=160"]
+    assert run(pretrain, *argv)[0] == 0
+    for change, said in (("--width=64", "width 32, now 64"), ("--depth=2", "depth 1, now 2"), ("--size=32", "size"),
+                         ("--heads=2", "heads 0, now 2"), ("--patch=8", "patch 4, now 8"), (f"--real={other}", "real")):
+        line = mistakes(pretrain, *argv, "--resume", change, expect=2)[1]
+        assert f"{said} " in line or f"{said}: repeat" in line, line
+    assert "family sit, now edm2" in mistakes(pretrain, *argv[:2], *argv[4:], "--family=edm2", "--resume")[1]
+    code, out, err = run(pretrain, *argv, "--resume", "--real", f"{folder}/", "--images=320")
+    assert code == 0 and "320 images, EMA" in out and "      20 images" not in out, err
+    state = models.read_checkpoint(str(tmp_path / "b.pt.state"))
+    del state["made"]                       # of an earlier version
+    torch.save(state, tmp_path / "b.pt.state")
+    assert run(pretrain, *argv, "--resume", "--heads=2", "--images=340")[0] == 0
+    (tmp_path / "b.pt.state").unlink()
+    base = (tmp_path / "b.pt").read_bytes()
+    code, out, err = run(pretrain, *argv, "--resume")
+    assert code == 0 and "starting from the beginning" in out and (tmp_path / "run-1" / "b.pt").read_bytes() == base
 
 
 def mistaken_inputs(folder):
@@ -3139,6 +3164,9 @@ def test_edm2_mistakes(tmp_path):
     assert "no noise" in mistakes(
         train_rl, "--ckpt", path, "--samplers=heun", "--out", tmp_path / "o")[1]
     assert "sit or edm2" in mistakes(pretrain, "--family=dit")[1]
+    for option, said in (("size=18", "multiple of 4"), *((name, f"--{name.partition('=')[0]}: of a SiT") for name in (
+            "preset=S/4", "width=32", "depth=1", "patch=2", "heads=2"))):
+        assert said in mistakes(pretrain, "--family=edm2", "--real=none", f"--{option}", expect=2)[1]
 
 
 def test_pretraining_of_edm2_learns(tmp_path):

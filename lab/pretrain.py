@@ -172,13 +172,13 @@ def random_loss(model, x, y, batch, rng, mirror=False, bf16=False, ddp=None):
 
 
 def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total=0, minutes=0.0, state_path="",
-             mirror=False, bf16=False):
+             mirror=False, bf16=False, made=None):
     """
     Train on images x uint8 (N, C, H, W), labels y (N,), for `total` images or for `minutes`. EDM2's stored weights are
     normalised after every update (Karras et al. 2024, 2.3). Two power-function averages of the weights are tracked;
     snapshot(eighth, images_seen, {std: model}) is called at every eighth of the run. The rates fall as 1/sqrt(images),
     so nothing but the last snapshot knows when the run ends. With a state_path everything is kept there at every
-    eighth, and a run that finds it resumes from it. Every rank draws its share of a batch.
+    eighth, and a run that finds it, `made` by the same options, resumes. Every rank draws its share of a batch.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if batch % world:
@@ -195,6 +195,9 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
     seen, earlier = 0, 0.0
     if state_path and os.path.exists(state_path):
         state = read_checkpoint(state_path)
+        differ = [f"{k} {v}, now {made[k]}" for k, v in (state.get("made") or {}).items() if v != made[k]]
+        if differ:
+            fail(f"{state_path} is of a base of {'; '.join(differ)}: repeat these options, or leave out --resume")
         seen, earlier = state["seen"], state["seconds"]
         rng.manual_seed(seed + 1_000_003 * rank + seen)                 # of a rank that was not there before
         if rank < len(state["rng"]):
@@ -229,7 +232,7 @@ def pretrain(model, x, y, seed, lr, lr_matrices, lr_knee, batch, snapshot, total
             states = gather(rng.get_state()[None], world)
             if state_path and rank == 0:
                 with whole(state_path) as f:
-                    torch.save(dict(seen=seen, seconds=time.time() - began, rng=states,
+                    torch.save(dict(seen=seen, seconds=time.time() - began, rng=states, made=made,
                                     parts=[thing.state_dict() for thing in stateful]), f)
         if seen % (200 * batch) == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -315,13 +318,18 @@ def make_base(c, family, path, make_assets, device):
             if make_assets and eighth > 4 and dist.get_rank() == 0:         # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), average, torch.float16, images=seen)
 
+    if c.resume and not os.path.exists(state_path):
+        print0(f"note: there is no {state_path} to resume; starting from the beginning")
+        c["resume"] = False
     if not (make_assets or c.resume):
         move_aside(folder, map(glob.escape, files))
     if os.path.exists(state_path) and not c.resume and dist.get_rank() == 0:
         os.remove(state_path)
     dist.barrier()
+    made = {k: c[k] for k in ("ckpt", "size", "width", "depth", "heads", "patch")}
+    made.update(real=os.path.normpath(c.real), family=model.family, classes=model.num_classes)
     pretrain(model, x.to(device), y.to(device), c.seed, c.lr, c.lr_matrices, c.lr_knee, c.batch_size, snapshot,
-             c.images, minutes, state_path, c.mirror, c.bf16)
+             c.images, minutes, state_path, c.mirror, c.bf16, made)
     form = f"{model.family}, {c.size} px, " + (f"patches of {model.patch}, " if model.family == "sit" else "")
     print0(f"wrote {path}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {form}"
            f"{model.num_classes} classes; next: python train_rl.py --ckpt {path} --real {c.real}")
@@ -333,6 +341,11 @@ def check(c):
         fail(f"only {c.only!r}: choose all, features or base")
     if c.family not in ("", *PRETRAINING) or (c.ckpt and c.family):
         fail(f"family {c.family!r}: choose sit or edm2 for a new base; with --ckpt leave it out")
+    fixed = c.given & {"preset", "width", "depth", "patch", "size" if c.ckpt else "heads"}
+    if fixed and (c.ckpt or c.family == "edm2"):
+        fail(f"--{' --'.join(sorted(fixed))}: {'--ckpt has its own' if c.ckpt else 'of a SiT only'}; leave it out")
+    if c.family == "edm2" and c.size % 4:
+        fail(f"size {c.size}: needed is a multiple of 4, as edm2 halves images twice")
     if c.ema not in EMA_STDS:
         fail(f"ema {c.ema}: choose {' or '.join(map(str, EMA_STDS))}")
     if not 0 <= c.skew <= 1 or c.skew < 1 and c.real != "tiny":
@@ -350,8 +363,9 @@ def run(c):
     take_preset(c, PRESETS)
     check(c)
     make_assets = c.real == "tiny" and not c.ckpt and c.skew == 1
-    if not make_assets and not c.out.endswith(".pt"):
-        fail(f"--out={c.out}: this makes one base, so one file is needed, for example --out base.pt")
+    if make_assets == c.out.endswith(".pt"):
+        fail(f"--out={c.out}: " + ("without --real this makes all assets, so a folder is needed" if make_assets else
+                                   "this makes one base, so one file is needed, for example --out base.pt"))
     families = [c.family] if c.family else list(PRETRAINING) if make_assets else ["sit"]
     paths = [os.path.join(c.out, f"{family}-tiny.pt") if make_assets else c.out for family in families]
     for path in paths:
