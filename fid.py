@@ -160,6 +160,7 @@ WEIGHTS = {
     "dinov2": ("dinov2_vitl14_pretrain.pth", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
                "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"),
 }
+KNOWN = ("tiny", "tiny2", "factors", *WEIGHTS)
 
 
 def sha256(path):
@@ -327,16 +328,19 @@ class OwnNet:
     """A user's file: its net(device) returns a callable, uint8 (n, 3, H, W) => float (n, d); .size, if it has one."""
     def __init__(self, path, device):
         self.path, self.name, self.dim = path, os.path.splitext(os.path.basename(path))[0], None
-        self.hash = sha256(path) if os.path.isfile(path) else ""
         with reading(path, "makes no network"):
             self.net = of_file(path, "net")(device)
-        self.size = getattr(self.net, "size", None)
+        self.hash, self.size = first_sha256(path), getattr(self.net, "size", None)
+        if self.size is not None and not (isinstance(self.size, int) and self.size > 0):
+            fail(f"{path}: .size is {one_line(repr(self.size))}; needed is a whole number of pixels, or None", code=1)
         side = self.size or 32
         noise = torch.randint(256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        noise[1] //= 4                      # darker, which batch norm would see
         first = self(noise.to(device))
         self.dim = first.shape[1]
-        if not torch.allclose(first, self(noise.to(device)), rtol=1e-3, atol=1e-3 * first.abs().max().item()):
-            fail(f"{path}: the same images gave other features the second time (dropout? eval mode is needed)", code=1)
+        for n, bound, why in ((2, 1e-3, "the second time (dropout?"), (1, 0.05, "in another batch (batch norm?")):
+            if not torch.allclose(first[:n], self(noise[:n].to(device)), bound, bound * first.abs().max().item()):
+                fail(f"{path}: the same images gave other features {why} eval mode is needed)", code=1)
 
     @exact()
     def __call__(self, images):
@@ -364,7 +368,7 @@ def feature_net(name, path=None, device="cpu"):
         net.load_state_dict({k: v.float() for k, v in parts["model"].items()})
         net.hash = sha256(path)
         return net.requires_grad_(False).eval().to(device)
-    fail(f"unknown features {name!r}; choose tiny, tiny2, factors, inception, dinov2 or a file of your own, my_net.py")
+    fail(f"unknown features {name!r}; choose {', '.join(KNOWN)} or a file of your own, my_net.py")
 
 
 def feature_nets(names, path, device):
@@ -406,7 +410,10 @@ def is_statistics(path):
 
 def features_of(real):
     """Name of the feature network that real data are seen by: what statistics tell, else inception."""
-    return str(read_arrays(real).get("features", "inception")) if is_statistics(real) else "inception"
+    name = str(read_arrays(real).get("features", "inception")) if is_statistics(real) else "inception"
+    if name not in KNOWN:
+        fail(f"{real} is of {name}, a network of one's own; add --features {name}.py, the file that made it")
+    return name
 
 
 def read_arrays(path):
@@ -690,8 +697,8 @@ def read_statistics(path, net, device="cpu"):
         name, digest, size = (str(stored.get(k, x)) for k, x in (("features", net.name), ("hash", ""), ("size", "")))
         num = max(0, int(np.asarray(stored.get("num", 0)).item()))
     if name != net.name or digest not in ("", getattr(net, "hash", "")):
-        fail(f"{path} is of {name} {digest[:8]}, asked for is {net.name}; add --features {name}, or name other weights "
-             "by --features_path", code=1)
+        add = f"{name}, or name other weights by --features_path" if name in KNOWN else f"{name}.py of this hash"
+        fail(f"{path} is of {name} {digest[:8]}, asked for is {net.name}; add --features {add}", code=1)
     if mu.shape != (net.dim,) or cov.shape != (net.dim, net.dim):
         fail(f"{path} has mu {(*mu.shape,)} and sigma {(*cov.shape,)}, {name} has {net.dim} dimensions", code=1)
     valid = mu.isfinite().all() and (cov - cov.T).abs().max() <= 1e-6 * cov.abs().max() < math.inf
@@ -824,8 +831,11 @@ def reward_networks(c, model, device):
     net = nets[0] if len(nets) == 1 else Nets(nets, [1.0] * len(nets))
     real = real_summaries(c.real, [net], "train", NUM_PRDC, NUM_REAL if tiny else 0, device, image_size(model),
                           c.batch_size)[net.name]
+    variances = real.cov.diagonal().split([n.dim for n in nets])
+    for n, variance, mu in zip(nets, variances, real.mu.split([n.dim for n in nets])):
+        if variance.sum() <= 1e-12 * mu.square().sum():                 # what is left is rounding
+            fail(f"{n.name} gives all images of {c.real} the same features; needed are ones that differ", code=1)
     if len(nets) > 1:
-        variances = real.cov.diagonal().split([n.dim for n in nets])
         unit = torch.cat([v.mean().sqrt().expand(len(v)) for v in variances])               # (d,)
         net = Nets(nets, [v.mean().sqrt().item() for v in variances])
         features = (real.features / unit).float()

@@ -2028,6 +2028,12 @@ def test_a_network_and_a_reward_of_ones_own(tmp_path):
     ("features", "return x.flatten(1)[0]", "needed are floats (2, d)"), ("features", "return x * math.nan", "math"),
     ("features", "return x.flatten(1) / 0", "NaN or infinite"), ("features", "return x.flatten(1).int()", "int32"),
     ("features", "return torch.rand(len(x), 9)", "other features the second time"),
+    ("features", "x = torch.nn.functional.batch_norm(x, None, None, training=True)", "another batch (batch norm?"),
+    ("features", "return x.mean((2, 3)).squeeze()", "floats (1, 3)"),
+    ("features", "return x[:, :, 0, 0] * 0 + 0.7", "gives all images of tiny the same features"),
+    *[("net", f"return {net}", f".size is {said}") for net, said in (
+        ("type('Net', (torch.nn.Module,), dict(size=(16, 16)))()", "(16, 16); needed is a whole number"),
+        ("type('Net', (), dict(size='16'))()", "'16'"), ("torch.zeros(9)", "<built-in method size"))],
     ("features", "raise KeyError('block')", "block"), ("features", "return None", "NoneType"),
     ("net", "return", "makes no network"), ("reward", "return features.sum()", "gave ()"),
     ("reward", "return features[:, 0] / 0", "finite")])
@@ -2038,7 +2044,7 @@ def test_a_wrong_network_of_ones_own_is_one_line(tmp_path, what, change, said):
     more = ["--features=factors", "--reward", tmp_path / "my_net.py"] if what == "reward" else [
         "--features", tmp_path / "my_net.py"]
     line = mistakes(train_rl, *QUICK, "--num=0", *more, "--out", tmp_path, expect=1)[1]
-    assert "my_net.py" in line and said in line or said == "makes no network" and "NoneType" in line, line
+    assert "my_net" in line and said in line or said == "makes no network" and "NoneType" in line, line
 
 
 def test_networks_and_rewards_of_ones_own_do_not_get_mixed_up(tmp_path):
@@ -2047,7 +2053,10 @@ def test_networks_and_rewards_of_ones_own_do_not_get_mixed_up(tmp_path):
     both = [tmp_path / "a" / "net.py", tmp_path / "b" / "net.py"]
     assert "different names" in mistakes(fid, "--num=20", "--features", *both)[1]
     assert run(fid, "--num_real=50", "--features", both[0], "--stats", tmp_path / "s.npz")[0] == 0
-    assert "other weights" in mistakes(fid, "--num=20", "--real", tmp_path / "s.npz", "--features", both[1])[1]
+    assert "net.py of this hash" in mistakes(fid, "--num=20", "--real", tmp_path / "s.npz", "--features", both[1])[1]
+    for argv in ([], ["--features=tiny"]):
+        assert "add --features net.py" in mistakes(fid, "--num=20", "--real", tmp_path / "s.npz", *argv)[1]
+    assert "add --features net.py" in mistakes(train_rl, "--real", tmp_path / "s.npz", "--out", tmp_path)[1]
     assert "leave one out" in mistakes(train_rl, PATHWISE, "--reward", both[0], "--out", tmp_path)[1]
     rewards = OWN.replace("    assert features", "    features.mul_(100).requires_grad_()\n    assert features")
     put(tmp_path / "c", {"net.py": rewards.encode()})
@@ -2062,6 +2071,11 @@ def test_a_network_without_a_gradient_or_a_file(tmp_path):
     assert "without a gradient" in mistakes(train_rl, *QUICK, "--num=0", PATHWISE, "--features", tmp_path / "mine.py",
                                             "--out", tmp_path)[1]
     assert "no file 'none.py'" in mistakes(fid, "--features=none.py")[1]
+    assert "no file 'none.py'" in mistakes(train_rl, "--reward=none.py", "--ckpt=none.pt", "--out", tmp_path)[1]
+    (tmp_path / "mine.py").write_text("def net(device):\n    return lambda x: x.float().mean((2, 3)) * 0")
+    fid.of_file.cache_clear()
+    assert "mine gives all images of tiny the same" in mistakes(
+        train_rl, *QUICK, "--num=0", "--features", "factors", tmp_path / "mine.py", "--out", tmp_path, expect=1)[1]
     (tmp_path / "empty.py").write_text("")
     assert "gives no function net" in mistakes(fid, "--features", tmp_path / "empty.py")[1]
     assert "beside others" in mistakes(train_rl, "--judges=c2st", "--out", tmp_path)[1]
