@@ -848,7 +848,7 @@ def reward_networks(c, model, device):
 def two_sample_accuracy(fake, real, passes=10, batch=64):
     """
     Classifier two-sample test (Lopez-Paz & Oquab 2017): a small network learns to tell generated from real images,
-    uint8 (N, 3, H, W), on one half of them; returns its share of right answers on the other. 0.5 is perfect.
+    uint8 (N, 3, H, W), on one half; returns its share of right answers on the other, and the standard error of that.
     """
     n, rng = min(len(fake), len(real)) // 2 * 2, torch.Generator().manual_seed(0)
     mixed = [x[torch.randperm(len(x), generator=rng)[:n]] for x in (fake.cpu(), real.cpu())]    # classes come in turns
@@ -869,7 +869,8 @@ def two_sample_accuracy(fake, real, passes=10, batch=64):
             rates.step()
         with torch.no_grad():
             right = torch.cat([net(part).squeeze(1) for part in x[1::2].split(500)]) > 0
-    return (right == (y[1::2] > 0)).double().mean().item()
+    share = (right == (y[1::2] > 0)).double().mean().item()
+    return dict(c2st=share, c2st_se=math.sqrt(share * (1 - share) / len(right)))
 
 
 def table_of(c, model, device, stream="report", blue=False):
@@ -893,7 +894,7 @@ def table_of(c, model, device, stream="report", blue=False):
                         batch_size=c.batch_size, keep=min(c.num, keep))
         more = dict(blue=rows["blue"]["mean"].item(), blue_real=real["blue"].mu.item()) if "blue" in rows else {}
         if "c2st" in c.judges:
-            more["c2st"] = two_sample_accuracy(rows[judges[0].name]["images"], real[judges[0].name].images)
+            more |= two_sample_accuracy(rows[judges[0].name]["images"], real[judges[0].name].images)
         return [dict(rows[net.name], label=label, floor=floor.get(net.name), **more) for net in judges]
 
     return rows_of
@@ -919,8 +920,9 @@ def compare(before, after):
         lines.append(f"{label}: {b['blue']:.0%} of the images are blue before, {a['blue']:.0%} after, "
                      f"{a['blue_real']:.0%} of the real ones")
     for label, (b, a) in {a["label"]: (b, a) for b, a in pairs if "c2st" in a}.items():
-        lines.append(f"{label}: a classifier tells {b['c2st']:.1%} of held-out images from real ones before, "
-                     f"{a['c2st']:.1%} after; 50% is perfect")
+        shares = [f"{row['c2st']:.1%} +- {row['c2st_se']:.1%}" for row in (b, a)]
+        lines.append(f"{label}: a classifier tells {shares[0]} of held-out images from real ones before, {shares[1]} "
+                     "after; 50% is perfect")
     return "\n".join(lines)
 
 
@@ -932,7 +934,7 @@ def finish(c, before, after, curves, y_name, found):
     if any(curves.values()):
         save_curves(os.path.join(c.out, "curve.png"), curves, "images", y_name)
     keys = ("label", "features", "sampler", "steps", "num", "fid", "fid_se", "floor", "kid", "precision", "recall",
-            "density", "coverage", "blue", "blue_real", "c2st")
+            "density", "coverage", "blue", "blue_real", "c2st", "c2st_se")
     before, after = ([{k: row[k] for k in keys if k in row} for row in rows] for rows in (before, after))
     with whole(os.path.join(c.out, "result.json")) as f:
         f.write(dumps(dict(found, before=before, after=after)).encode())

@@ -2096,7 +2096,7 @@ def test_photographs_of_several_sizes_in_lite0(tmp_path):
     assert (net.name, net.dim, net.size) == ("lite0", 1280, None)
 
 
-def test_shares_of_the_classes_that_a_generator_draws(tmp_path):
+def test_shares_of_the_classes_that_a_generator_draws(tmp_path, monkeypatch):
     """The skewed base draws blue digits, the tiny one every colour: classes that are colours."""
     images, _, factors = fid.tiny_images(1500, 0, "train")
     blue = (pretrain.BLUE[0] < factors[:, 5]) & (factors[:, 5] < pretrain.BLUE[1])
@@ -2108,20 +2108,27 @@ def test_shares_of_the_classes_that_a_generator_draws(tmp_path):
     found = {name: float(blue) for name, blue in re.findall(r"^(\S+) +([\d.]+)% ", out, re.M)}
     assert code == 0 and abs(found["sit-tiny"] - 22) < 12 and found["sit-tiny-skewed"] > 60, out
     assert "no generators" in mistakes(shares, "--real", folder)[1]
+    for argv in (["--real", folder, "--updates=0"], ["--real", folder, "--num=0"], []):
+        assert "at least 1" in mistakes(shares, "--ckpts", "sit-tiny", *argv, expect=2)[1]
+    monkeypatch.setattr(models.dist, "get_rank", lambda: 1)
+    assert run(shares, "--real", folder, "--ckpts", "sit-tiny", "--num=2", "--updates=1") == (0, "", "")
 
 
 def test_classifier_two_sample_test(tmp_path, monkeypatch):
     """Half right where both samples are of one kind, more where one is darker; in the table of a run."""
     a, b = fid.tiny_images(600, 0, "floor")[0], fid.tiny_images(600, 0, "report")[0]
-    assert abs(fid.two_sample_accuracy(a, b) - 0.5) < 0.08
-    assert fid.two_sample_accuracy(a.flip(1), b) < 0.6 < 0.75 < fid.two_sample_accuracy(a // 2, b)
+    told = lambda a, b: fid.two_sample_accuracy(a, b)["c2st"]
+    assert abs(told(a, b) - 0.5) < 0.08
+    assert told(a.flip(1), b) < 0.6 < 0.75 < told(a // 2, b)
     even = torch.arange(600) % 2 == 0                           # whole classes that are wrong, as classes come in turns
-    assert fid.two_sample_accuracy(torch.where(even.view(-1, 1, 1, 1), a // 2, a), b) > 0.55
+    assert told(torch.where(even.view(-1, 1, 1, 1), a // 2, a), b) > 0.55
     order = fid.hashed_order(map(str, range(600)))
-    assert abs(fid.two_sample_accuracy(a, b[[int(k) for k in order]]) - 0.5) < 0.08
+    assert abs(told(a, b[[int(k) for k in order]]) - 0.5) < 0.08
     code, out, err = run(train_rl, *QUICK, "--num=200", "--judges", "factors", "c2st", "--out", tmp_path)
-    told = [row["c2st"] for row in json.load(open(tmp_path / "result.json"))["before"]]
-    assert code == 0 and len(told) == 2 and f"tells {told[0]:.1%} of held-out images" in out, err
+    (p, se), _ = [(row["c2st"], row["c2st_se"]) for row in json.load(open(tmp_path / "result.json"))["before"]]
+    held_out = min(200, fid.NUM_PRDC)       # half of as many images of each kind
+    assert math.isclose(se, math.sqrt(p * (1 - p) / held_out))
+    assert code == 0 and f"tells {p:.1%} +- {se:.1%} of held-out images" in out, err
 
 
 def test_a_target_of_which_only_mean_and_covariance_are_known(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from fid import image_batches, image_classes, open_images
-from models import Stop, configure, fail, image_size, load, setup
+from models import Stop, configure, fail, image_size, load, print0, setup
 from sample import generate, image_seeds
 
 # -----------------------------------------------------------------------------
@@ -61,6 +61,8 @@ def main(argv=None):
         device = setup()[2]
         if not c.ckpts:
             fail("no generators; name them by --ckpts a.pt b.pt")
+        if not c.real or min(c.updates, c.num) < 1:
+            fail(f"real {c.real!r}, updates {c.updates}, num {c.num}: needed are a folder, and at least 1")
         models = [load(path, device) for path in c.ckpts]
         if len({model.shape for model in models}) > 1:
             fail(f"the generators draw {', '.join(str(model.shape) for model in models)}; needed is one size", code=1)
@@ -73,16 +75,16 @@ def main(argv=None):
         of_images = classifier(x[~held_out], y[~held_out], len(names), c)
         with torch.no_grad():
             right = torch.cat([of_images(part).argmax(1) for part in x[held_out].split(500)]) == y[held_out]
-        print(f"{right.double().mean():.1%} of {len(right)} held-out images right; shares by its own verdict:")
+        print0(f"{right.double().mean():.1%} of {len(right)} held-out images right; shares by its own verdict:")
         rows = {"real": shares(of_images, x[held_out].split(500), len(names))}
         for path, model in zip(c.ckpts, models):
             seeds = image_seeds(c.seed, "report", torch.arange(c.num))
             rows[path] = shares(of_images, generate(model, seeds, sampler=c.sampler, steps=c.steps), len(names))
         width = max(map(len, rows))
-        print(" " * width + "".join(f"{name[:9]:>10s}" for name in names) + "  off by")
+        print0(" " * width + "".join(f"{name[:9]:>10s}" for name in names) + "  off by")
         for name, share in rows.items():
             off = (share - rows["real"]).abs().sum().item() / 2
-            print(f"{name:{width}s}" + "".join(f"{s:10.1%}" for s in share.tolist()) + f"{off:8.1%}")
+            print0(f"{name:{width}s}" + "".join(f"{s:10.1%}" for s in share.tolist()) + f"{off:8.1%}")
 
 
 if __name__ == "__main__":
