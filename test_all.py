@@ -3417,7 +3417,8 @@ def test_neon_is_scored_on_other_images_than_its_copy_was_trained_on(tmp_path, m
         return images_of(self, w, indices, decoded)
 
     monkeypatch.setattr(merge_rl.Search, "images_of", watched)
-    assert run(rivals, "neon", *BRIEF, "--budget=240", "--num=0", "--out", tmp_path)[0] == 0
+    code, out, _ = run(rivals, "neon", *BRIEF, "--budget=240", "--num=0", "--out", tmp_path)
+    assert code == 0 and "% of the weights' norm away" in out
     assert seen == {False: set(range(120)), True: set(range(120, 140))}
     w = torch.tensor(json.load(open(tmp_path / "result.json"))["coefficients"]["neon"])
     assert (w[:, :2] == 0).all() and (w[:, 2] > 1).all() and torch.allclose(w.sum(1), torch.ones(8))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import merge_rl
-from models import configure, fail, gather, normalize_filters, save
+from models import configure, fail, gather, normalize_filters, print0, save
 from reward import Moments, covariance_root, distance_to_root
 from sample import renoise
 
@@ -121,10 +121,13 @@ def neon(search, c, alone, scales=(0.5, 1.0, 2.0, 4.0, 8.0, 16.0)):
             save(path, trained, key=search.key)
     basis.states.append(kept["ema"])
     basis.paths.append(path)
+    p, q = (torch.cat([state[name].flatten().double().cpu() for name in basis.parameters])
+            for state in basis.states[-2:])
+    print0(f"neon: the copy is {(p - q).norm() / p.norm():.2%} of the weights' norm away, the unit of its scales")
     search.drawn += half
     search.bar.update(half)
-    last = torch.nn.functional.pad(alone[-1], (0, 1))
-    ws = torch.stack([last + s * (last - last.roll(1, 1)) for s in scales])
+    w = torch.nn.functional.pad(alone[-1], (0, 1))
+    ws = torch.stack([w + s * (w - w.roll(1, 1)) for s in scales])
     return best(search, ws, half // len(scales), first=half)         # not on the noise that the copy was trained on
 
 
