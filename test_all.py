@@ -1019,7 +1019,8 @@ def test_advantage_zero_is_not_trained_on(monkeypatch):
             model, policy, rollout = rolled_out(40, advantages=chosen[torch.randperm(40)])
             ddp, seen = torch.nn.parallel.DistributedDataParallel(model), []
             params = [p for p in model.parameters() if p.requires_grad]
-            before, policy = [p.detach().clone() for p in params], policy._replace(optimizer=torch.optim.Adam(params))
+            before = [p.detach().clone() for p in params]
+            policy = policy._replace(optimizer=torch.optim.Adam(params), ruler=policy.plan)
             optimize = train_rl.optimize
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train_rl, "optimize", lambda *args: seen.append(args[2]) or optimize(*args))

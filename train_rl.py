@@ -99,7 +99,7 @@ FULL_SIZE = dict(batch=800, noise=1.0, steps=50, lr=1e-5, beta1=0.9, beta2=0.999
 PRESETS = {
     "paper": dict(FULL_SIZE, subset=50, reference=5000, refresh=10, top=0.25, samplers=["sigma"], times=0,
                   noisiest=1.0, cosine=False, kl_limit=0.0, anchor=0.0, ema=0.0),
-    "large": dict(FULL_SIZE, objective="forward", reference=10000, samplers=["sigma", "euler"]),
+    "large": dict(FULL_SIZE, objective="forward", reference=10240, samplers=["sigma", "euler"]),
 }
 
 # Options that do nothing unless ..: a note says so if they are given all the same.
@@ -594,7 +594,7 @@ def learn(c, ddp, learner, rollout, base, it, rng):
         v_ratio = norm_ratio(before, probe(model, rollout, ruler, steps))
         torch._foreach_copy_([p.detach() for p in params], start)
     divisor = len(rollout.labels) * (math.prod(model.shape) if c.objective == "forward" else 1)
-    with card_memory(c, len(pairs["y"]), quiet=learner.optimizer.state):
+    with card_memory(c, len(pairs["y"]), quiet=it > 0):
         norm, clipped = optimize(ddp, learner, pairs, loss_of, c, 1 / divisor)
     halvings = 0
     if c.kl_limit:

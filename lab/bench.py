@@ -302,11 +302,10 @@ def iteration(name, folder, *options):
             raise
     draw, decoding, features, reward, update, learn = (clock.seconds[k][-1] for k in (
         "roll_out", "decode", "__call__", "rewards_of", "optimize", "learn"))
-    probes = sum(clock.seconds["probe"][-2:])
+    probes = sum(clock.seconds["probe"][-3::2])         # between them is the base's pass, for the norm ratio
     total = draw + decoding + features + reward + learn
-    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at the peak" if torch.cuda.is_available() else ""
     row(name, f"{total:.2f} s", f"draw {draw:.2f}, decode {decoding:.2f}, features {features:.2f}, "
-        f"reward {reward:.2f}, update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%}){peak}")
+        f"reward {reward:.2f}, update {update:.2f}, trust region {probes:.3f} ({probes / total:.1%})")
     for line in said.getvalue().splitlines():
         if line.startswith("memory"):
             print(f"  {line}")

@@ -64,10 +64,8 @@ if [ "$only" = skewed-photographs ]; then
     on="--ckpt=out/skewed.pt --real=$CIFAR/flat --features $NET --judges lab/lite0.py $NET c2st --num=2000 --iters=60 --seed=40"
     python lab/pretrain.py --real "$CIFAR/skewed" --size 16 --width 128 --depth 6 --patch 4 --mirror --images=2000000 --features "$NET" --out out/skewed.pt
     python train_rl.py $on --out=out/photographs-ppo
-    python train_rl.py $on --advantage=shuffled --out=out/photographs-shuffled
     python train_rl.py $on --objective=forward --samplers euler --out=out/photographs-forward
     python lab/rivals.py neon --ckpts out/skewed.pt out/skewed.pt --real="$CIFAR/flat" --features "$NET" --judges lab/lite0.py "$NET" c2st --num=2000 \
         --budget=28800 --sampler=flow --steps=10 --out=out/photographs-neon
-    python lab/shares.py --real "$CIFAR/train" --ckpts out/skewed.pt out/photographs-{ppo,shuffled,neon}/*.pt
-    python lab/shares.py --real "$CIFAR/train" --sampler=euler --ckpts out/skewed.pt out/photographs-forward/ckpt.pt
+    python lab/shares.py --real "$CIFAR/all" --num=5000 --ckpts out/skewed.pt out/photographs-ppo/ckpt.pt        # all: the 50,000 training images
 fi

@@ -41,14 +41,14 @@ ESTIMATORS = {
     **{f"ppo, n = {n}": [f"--batch={800 // n * n}", f"--subset={n}", "--reference=5000", *ALL]
        for n in (4, 10, 20, 50, 100)},
     "ppo, n = 50, noisier half of the steps": ["--batch=800", "--subset=50", "--reference=5000", "--times=0"],
-    "ppo, n = 50, best quarter, the paper's": ["--batch=800", "--subset=50", "--reference=5000", "--top=0.25", *ALL],
+    "ppo, n = 50, best quarter": ["--batch=800", "--subset=50", "--reference=5000", "--top=0.25", *ALL],
     **{f"ppo, n = 50, reference of {n}": ["--batch=800", "--subset=50", f"--reference={n}", *ALL]
        for n in (800, 2000, 20000)},
     "forward": ["--batch=800", "--objective=forward"],
     "forward, all times": ["--batch=800", "--objective=forward", "--noisiest=1"],
     **{f"pathwise, horizon {h}": ["--batch=800", "--objective=pathwise", f"--horizon={h}"] for h in (1, 3, 10)},
 }
-TRUTH = ["--batch=2000", "--objective=pathwise", "--horizon=10"]        # FD's own gradient through the whole sampler
+TRUTH = ["--batch=2000", "--objective=pathwise", "--horizon=10"]        # the gradient of FD of 2,000 images
 
 
 def gradients(c, options, count, seed):
@@ -68,12 +68,13 @@ def gradients(c, options, count, seed):
 
 def print_gradients(c):
     """
-    Cosine with the true gradient of the mean of all, its noise taken out, and of one update; signal to noise of 1,000
-    images: the squared mean along the true gradient over the variance of the whole vector.
+    Cosine with the pathwise gradient through the whole sampler of the mean of all, its noise taken out, and of one
+    update; signal to noise of 1,000 images: the squared mean along that gradient over the variance of the whole vector.
+    Updates of subsets share most of their reference, so their errors are larger than printed.
     """
     true = gradients(c, TRUTH, 10, c.seed + 1)
     spread = (true - true.mean(0)).square().sum() / (len(true) * (len(true) - 1))
-    print(f"true gradient: 10 x 2,000 images, its own noise {(spread.sqrt() / true.mean(0).norm()).item():.1%}")
+    print(f"pathwise gradient: 10 x 2,000 images, its noise {(spread.sqrt() / true.mean(0).norm()).item():.1%}")
     true = true.mean(0) / true.mean(0).norm()
     print(f"{'estimator':56s} {'cosine of the mean':>18s} {'of one update':>16s} {'signal to noise':>20s}")
     for name, options in ESTIMATORS.items():
@@ -85,8 +86,8 @@ def print_gradients(c):
         scale = 1000 / int(given["batch"]) / variance
         signal = scale * (along.mean().square() - error**2)
         its_error = scale * error * (4 * along.mean().square() + 2 * error**2).sqrt()
-        length = mean.square().sum() - variance / len(g)                # less what the noise adds
-        cosine = f"{along.mean() / length.sqrt():.2f}" if 2 * length > mean.square().sum() else "-"
+        length = (mean.square().sum() - variance / len(g)).clamp(min=0).sqrt()              # less what the noise adds
+        cosine = f"{along.mean() / length:.2f}" if along.mean() > 4 * error else "-"
         print(f"{name:56s} {cosine:>18s} {each.mean():8.3f} +- {each.std() / math.sqrt(len(g)):.3f} "
               f"{signal:10.2g} +- {its_error:.1g}", flush=True)
 
@@ -117,8 +118,9 @@ def print_reward(c):
     reference, rest = ReferenceSet(pool[:eighth], real.mu, real.cov), pool[eighth:eighth + half]
     print(f"   n  variation of the FD of {eighth:5d} images, n of them new  n images order the policies")
     for n in (1, 4, 8, 16, 32, 50, 100):
-        slots = torch.arange(n, device=device)                          # the same for all subsets
-        gain = [reference.swap_gain(slots, f[:half // n * n].view(-1, n, net.dim)) for f in (rest, improved)]
+        slots, every = torch.arange(n, device=device), -(-n // 10) * 10         # the same members, of the same labels
+        gain = [reference.swap_gain(slots, f[:half // every * every].view(-1, every, net.dim)[:, :n])
+                for f in (rest, improved)]
         variation = gain[0].std() / (reference.fd - gain[0].mean())
         right = torch.stack([(gain[0] < g).double().mean() for g in gain[1]]).mean()
         print(f"{n:4d} {variation.item():53.3%} {right.item():28.1%}", flush=True)
