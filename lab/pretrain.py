@@ -318,7 +318,10 @@ def make_base(c, family, path, make_assets, device):
             if make_assets and eighth > 4 and dist.get_rank() == 0:         # snapshots for merge_rl.py
                 save(path.replace(".pt", f"-{seen // 1000:05d}-{std:.3f}.pt"), average, torch.float16, images=seen)
 
-    if c.resume and not os.path.exists(state_path):
+    there = gather(torch.tensor([int(os.path.exists(state_path))]), dist.get_world_size())
+    if there.any() != there.all():
+        fail(f"some ranks find {state_path} and some do not: needed is a folder that all nodes share")
+    if c.resume and not there.all():
         print0(f"note: there is no {state_path} to resume; starting from the beginning")
         c["resume"] = False
     if not (make_assets or c.resume):
