@@ -13,6 +13,7 @@ import pickle
 import re
 import signal
 import sys
+import time
 import warnings
 from collections import OrderedDict
 from contextlib import ContextDecorator, contextmanager, suppress
@@ -726,7 +727,8 @@ def setup():
             store = dist.PrefixStore("restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
-        atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit
+        atexit.register(dist.destroy_process_group)         # else gloo's threads may abort at exit, as they do
+        atexit.register(time.sleep, 0.2 * (world > 1))      # if one still holds the last result when Python ends
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
