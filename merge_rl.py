@@ -319,6 +319,7 @@ def rl(search, c, alone):
     reference = Stream(first, real.mu, real.cov, memory) if c.subset == 1 else ReferenceSet(first, real.mu, real.cov)
 
     def reward_of(it, mean, ws):
+        """Rewards (2 pairs,) of the candidates ws (2 pairs, G, K), all on the same new images."""
         redrawn = it // c.refresh if c.subset > 1 else 0
         first = c.reference * (1 + redrawn) + it * c.images             # new images in every iteration
         if redrawn and it % c.refresh == 0:
