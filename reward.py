@@ -243,10 +243,10 @@ def by_determinants(vals, rows, added, shared=0, tolerance=QUADRATURE_ERROR):
     # New and gone rows as if they were of different directions: the true curvature is less.
     curvature = sum((Y * vals**-0.75 @ Y.mT).square().sum((1, 2)) for Y in (new, gone)) / (1 + (1 - shrink)**0.5)**2
     half_inverse_root = vals.rsqrt() / 2
-    allowed = tolerance * max(added, 1)**0.5 * rows.square().sum(1) @ half_inverse_root
+    allowed = (tolerance * max(added, 1)**0.5 * rows.square().sum(1) @ half_inverse_root).cpu()
     low = (1 - shrink) * vals[0].item()
     high = vals[-1].item() + new.square().sum((1, 2)).max().item()
-    t, c, error = quadrature(low, high, curvature.cpu(), allowed.cpu())     # a GPU is asked once
+    t, c, error = quadrature(low, high, curvature.cpu(), allowed)           # a GPU is asked once
     if not (error <= allowed).all():
         return None
     first_order = signs @ rows.square() @ half_inverse_root
