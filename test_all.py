@@ -37,6 +37,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fid
 import merge_rl
@@ -44,7 +46,7 @@ import models
 import reward
 import sample
 import train_rl
-from lab import bench, pretrain, quality, rivals, shares
+from lab import bench, judge, pretrain, quality, rivals, shares
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(ROOT, "assets", "golden")
@@ -3835,6 +3837,60 @@ def process_on_gpu(script, *argv, launcher=()):
     return done.stdout
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device, but lies in the CPU's memory."""
+    @staticmethod
+    def __new__(cls, inner):
+        x = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
+                                                dtype=inner.dtype, device="meta")
+        x.inner = inner
+        return x
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        return on_one_device(f, args, kwargs or {})
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return on_one_device(f, args, kwargs or {})
+
+
+def on_one_device(f, args, kwargs):
+    """What f returns, if its tensors are all Elsewhere or none is; copies, indices and numbers may be of either."""
+    name, tensors = f._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    there = [isinstance(x, Elsewhere) for x in tensors if x.dim() or isinstance(x, Elsewhere)]
+    assert "copy" in name or "index" in name or all(there) or not any(there), f"{name} of tensors on two devices"
+    goes = torch.device(kwargs["device"]).type == "meta" if kwargs.get("device") else any(there)
+    plain = lambda x: x.inner if isinstance(x, Elsewhere) else torch.device("cpu") if isinstance(x, torch.device) else x
+    found = f(*tree_map(plain, args), **tree_map(plain, kwargs))
+    if f._schema.is_mutable:
+        return args[0]
+    return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) and goes else x, found)
+
+
+def test_the_reward_mixes_no_devices():
+    """As on a GPU, whose tensors meet none of the CPU's: the same numbers."""
+    real, f = torch.randn(500, 8), torch.randn(100, 8) + 1
+
+    def numbers(to):
+        found, (mu, cov) = [], map(to, reward.Moments(8).add(real).gaussian())
+        for kind in (reward.Stream, reward.ReferenceSet):
+            kept = kind(to(f), mu, cov)
+            found += [kept.fd, kept.leave_one_out(to(f[:7])), kept.influence(to(f[:7]))]
+            kept.push(to(f[:50] + 0.1))
+            found.append(kept.fd)
+        new, slots = 1.1 * f[:15].view(3, 5, 8), torch.arange(5)
+        return found + [kept.swap_gain(to(slots[:n]), to(new[:, :n])) for n in (1, 5)]
+
+    with Watched():
+        there = numbers(Elsewhere)
+    for a, b in zip(there, numbers(lambda x: x), strict=True):
+        assert torch.allclose(torch.as_tensor(getattr(a, "inner", a)), torch.as_tensor(b), 1e-12)
+    with pytest.raises(AssertionError, match="two devices"), Watched():
+        Elsewhere(f) + f
+
+
 @on_gpu
 def test_gpu_and_cpu_agree():
     share, largest, features, gains, update = bench.parity(torch.device("cuda"))
@@ -3894,6 +3950,38 @@ def test_reward_orders_policies_better_with_more_images(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-7:]]
     right = [float(row[2].rstrip("%")) for row in rows]
     assert 50 < right[0] < right[2] < right[-1] and right[-1] > 75
+
+
+def test_judge_of_many_checkpoints(tmp_path):
+    """Seeds of a row are one line; Neon's step of 0 is the base; the step's weights; every judge has its columns."""
+    base, copy = models.load("sit-tiny-skewed"), models.load("sit-tiny")
+    for folder, model in (("a-1", copy), ("a-2", copy), ("n-1/cache/neon", copy)):
+        (tmp_path / folder).mkdir(parents=True)
+        models.save(str(tmp_path / folder / ("self.pt" if "neon" in folder else "ckpt.pt")), model)
+    brief = ["--num=400", "--num_prdc=400", "--by", "euler-4", "--out", tmp_path / "j.json"]
+    code, out, err = run(judge, "--ckpts", "sit-tiny-skewed", tmp_path / "a-?" / "ckpt.pt", "--seeds", 1, 2, "--judges",
+                         "tiny2", "pixels", "random", "c2st", *brief)
+    table = {row[2].strip(): row[3:-1] for row in (line.split("|") for line in out.splitlines()) if len(row) > 5}
+    assert code == 0 and set(table) == {"row", "---", "sit-tiny-skewed", "a"}, (out, err)
+    column = {name.strip(): k for k, name in enumerate(table["row"])}
+    number = lambda row, name: float(table[row][column[name]].split()[0].rstrip("%"))
+    assert number("a", "seeds") == 2 and number("sit-tiny-skewed", "down") == 0 and number("a", "down") > 30
+    for name in ("FD tiny2", "FD pixels", "FD random", "KID pixels", "blue"):
+        assert number("a", name) < number("sit-tiny-skewed", name), name
+    assert 50 < number("a", "c2st") < 100
+    rows = [json.loads(line) for line in open(tmp_path / "j.json")]
+    fds = [row["fid"] for row in rows if row["row"] == "a" and row["features"] == "tiny2"]
+    assert number("a", "FD tiny2") == pytest.approx(sum(fds) / 2, abs=1e-3) and len(rows) == 4 * 3
+
+    code, out, _ = run(judge, "--away", tmp_path / "n-?" / "cache" / "neon" / "self.pt", "--scales", 0, 1, "--seeds", 1,
+                       "--judges", "tiny2", *brief)
+    base_fd, zero, one = (json.loads(line)["fid"] for line in open(tmp_path / "j.json"))
+    assert code == 0 and base_fd == zero != one and "| n x 1 |" in out
+    copied = str(tmp_path / "n-1" / "cache" / "neon" / "self.pt")
+    stepped = judge.stepped_away(models.load("sit-tiny-skewed"), copied, 2)
+    assert torch.allclose(flat(stepped), 3 * flat(base) - 2 * flat(copy), atol=1e-5)
+    assert judge.mean_and_error([1.0, 3.0], [0.1, 0.1]) == (2.0, 1.0) and judge.mean_and_error([1.0], [0.1])[1] == 0.1
+    assert "no file matches" in mistakes(judge, "--ckpts", tmp_path / "x*.pt", expect=2)[1]
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------
