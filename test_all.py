@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -3950,6 +3951,29 @@ def test_reward_orders_policies_better_with_more_images(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-7:]]
     right = [float(row[2].rstrip("%")) for row in rows]
     assert 50 < right[0] < right[2] < right[-1] and right[-1] > 75
+
+
+def test_commands_of_the_evidence_are_understood(tmp_path, monkeypatch):
+    """lab/experiments.sh, run with a python that only writes down what it is called with; every part, every option."""
+    log, stub = tmp_path / "log", tmp_path / "bin" / "python"
+    put(tmp_path, {"bin/python": b'#!/bin/bash\nprintf "%s\\n" "$*" >> "$LOG"\n'})
+    stub.chmod(0o755)
+    put(tmp_path, {"lab/experiments.sh": pathlib.Path(ROOT, "lab", "experiments.sh").read_bytes()})
+    for part in ("", "select", "photographs", "skewed-photographs"):
+        subprocess.run(["bash", "lab/experiments.sh", part], cwd=tmp_path, check=True, timeout=60, env=dict(
+            os.environ, PATH=f"{stub.parent}:{os.environ['PATH']}", LOG=str(log), CIFAR="photos", NET="lab/lite0.py"))
+    monkeypatch.chdir(tmp_path)             # where the folders of the runs are made
+    lines = log.read_text().splitlines()
+    for line in lines:
+        script, *argv = line.split()
+        module = getattr(sys.modules[__name__], pathlib.Path(script).stem)
+        given = list(itertools.dropwhile(lambda word: not word.startswith("-"), argv))
+        c = models.configure(vars(merge_rl if module is rivals else module), given)
+        if module is train_rl:
+            models.take_preset(c, train_rl.PRESETS)
+            train_rl.check(c, 1)
+    assert {line.split()[0] for line in lines} == {
+        "train_rl.py", "fid.py", *(f"lab/{name}.py" for name in ("judge", "pretrain", "quality", "rivals", "shares"))}
 
 
 def test_judge_of_many_checkpoints(tmp_path):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from fid import Blue, distance, evaluate, feature_net, real_summaries, two_sample_accuracy
 from models import Stop, configure, fail, load, print0, setup, stored_parts, whole
-from sample import NOISE
+from sample import NOISE, save_curves
 
 # -----------------------------------------------------------------------------
 ckpts = ["sit-tiny-skewed"] # checkpoints, globs, or names of assets
@@ -35,7 +35,7 @@ num = 10000 # images of each
 num_prdc = 3000 # of these and of the real ones for the metrics of neighbours
 seeds = ["40"] # of the noise, of what is not named NAME-SEED
 stream = "report" # which noise and real images: report, or select to choose by
-out = "out/judge.json" # all numbers, a line for each checkpoint, sampler and network
+out = "out/judge.json" # all numbers, a line for each checkpoint, sampler and network; beside it a picture, OUT.png
 # -----------------------------------------------------------------------------
 
 
@@ -127,6 +127,25 @@ def print_table(c, rows, floor):
         print0(f"| {by} | {name} | {len(each)} | " + " | ".join(line) + " |")
 
 
+def save_frontier(c, rows, path):
+    """FD against the precision that is lost: from the base a line for each sampler through the rows NAME-1, NAME-2 .."""
+    points, network, base = {}, c.judges[0], row_and_seed(c.base)[0]
+    for row in rows:
+        if row["features"] == network:
+            points.setdefault(row["by"], {}).setdefault(row["row"], []).append((row["precision"], row["fid"]))
+    curves = {}
+    for by, of in points.items():
+        mean = {name: torch.tensor(each).mean(0).tolist() for name, each in of.items()}
+        begin, fd = mean.get(base, (0.0, 0.0))
+        for name, (precision, y) in mean.items():
+            if name != base:
+                series = re.sub(r"(-| x )[\d.]+$", "", name)
+                curves.setdefault(f"{series}, {by}", [(0.0, fd)]).append((begin - precision, y))
+    if curves:
+        curves = {name: sorted(points) for name, points in curves.items()}
+        save_curves(path, curves, "precision lost", f"FD in {network}")
+
+
 def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     with Stop():
@@ -161,6 +180,7 @@ def main(argv=None):
                     with whole(c.out) as f:
                         f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         print_table(c, rows, floor)
+        save_frontier(c, rows, os.path.splitext(c.out)[0] + ".png")
 
 
 if __name__ == "__main__":
