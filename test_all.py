@@ -4005,7 +4005,9 @@ def test_judge_of_many_checkpoints(tmp_path):
     stepped = judge.stepped_away(models.load("sit-tiny-skewed"), copied, 2)
     assert torch.allclose(flat(stepped), 3 * flat(base) - 2 * flat(copy), atol=1e-5)
     assert judge.mean_and_error([1.0, 3.0], [0.1, 0.1]) == (2.0, 1.0) and judge.mean_and_error([1.0], [0.1])[1] == 0.1
-    assert "no file matches" in mistakes(judge, "--ckpts", tmp_path / "x*.pt", expect=2)[1]
+    for argv, told in ((["--ckpts", tmp_path / "x*.pt"], "no file matches"), (["--by", "flow"], "SAMPLER-STEPS"),
+                       (["--scales", "a"], "numbers in --scales"), (["--judges", "c2st"], "a network first")):
+        assert told in mistakes(judge, *argv, expect=2)[1]
 
 
 # ---- The architecture itself ---------------------------------------------------------------------------------------

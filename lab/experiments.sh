@@ -55,8 +55,8 @@ if part skewed; then        # 48,000 images each
         python lab/rivals.py neon --ckpts sit-tiny-skewed sit-tiny-skewed --num=0 --seed="$seed" --out="out/neon-$seed"
     done
     python lab/judge.py --ckpts sit-tiny-skewed 'out/ppo-4?/ckpt.pt' out/{forward,pathwise,subset4,subset10,subset50,shuffled,constant,sample,more}-4'?/ckpt.pt' \
-        --away 'out/neon-4?/cache/neon/self.pt' --scales 0.5 1 2 4 --seeds $five $views --out=out/skewed.json
-    python lab/judge.py --seeds $five --by flow-10-1.0 heun-5 $views --out=out/retuned.json
+        --away 'out/neon-4?/cache/neon/self.pt' --scales 0.5 1 2 4 --seeds $five $views --num=5000 --out=out/skewed.json
+    python lab/judge.py --seeds $five --by flow-10-1.0 heun-5 $views --num=5000 --out=out/retuned.json
 fi
 
 if part fidelity; then      # sit-tiny: how much the weights are held to the base, and how far Neon steps

@@ -128,7 +128,7 @@ def print_table(c, rows, floor):
 
 
 def save_frontier(c, rows, path):
-    """FD against the precision that is lost: from the base a line for each sampler through the rows NAME-1, NAME-2 .."""
+    """FD against the precision lost: for each sampler a line from the base through the rows NAME-1, NAME-2 .."""
     points, network, base = {}, c.judges[0], row_and_seed(c.base)[0]
     for row in rows:
         if row["features"] == network:
@@ -150,6 +150,12 @@ def main(argv=None):
     c = configure(globals(), sys.argv[1:] if argv is None else argv)
     with Stop():
         device = setup()[2]
+        wrong = [x for x in c.by if not re.fullmatch(r"[a-z]+-\d+(-[\d.]+)?", x)]
+        wrong += [x for x in c.scales + c.seeds if not re.fullmatch(r"[\d.]+", x)]
+        wrong += [x for x in c.judges[:1] if x == "c2st"]
+        if wrong:
+            fail(f"{wrong[0]!r}: needed is SAMPLER-STEPS or SAMPLER-STEPS-NOISE in --by, numbers in --scales and "
+                 "--seeds, a network first in --judges")
         paths, copies = found(c.ckpts), found(c.away)
         c["base"] = c.base or paths[0]
         networks = [Pixels() if name == "pixels" else Untrained(device) if name == "random" else
