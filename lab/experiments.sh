@@ -50,12 +50,15 @@ if part skewed; then        # 48,000 images each
     row shuffled "$five" --advantage=shuffled
     row constant "$five" $both --advantage=constant --lr=3e-6
     row sample   "$five" --reward=sample --lr=1e-5
+    row rewarded-tiny2 40 --features tiny2
+    row rewarded-factors 40 --features factors
     for seed in $five; do   # without RL: as many real images of pre-training, and a step away from self-training
         python lab/pretrain.py --ckpt sit-tiny-skewed --out "out/more-$seed/ckpt.pt" --images=48000 --seed="$seed"
         python lab/rivals.py neon --ckpts sit-tiny-skewed sit-tiny-skewed --num=0 --seed="$seed" --out="out/neon-$seed"
     done
     python lab/judge.py --ckpts sit-tiny-skewed 'out/ppo-4?/ckpt.pt' out/{forward,pathwise,subset4,subset10,subset50,shuffled,constant,sample,more}-4'?/ckpt.pt' \
         --away 'out/neon-4?/cache/neon/self.pt' --scales 0.5 1 2 4 --seeds $five $views --num=5000 --out=out/skewed.json
+    python lab/judge.py --ckpts sit-tiny-skewed out/{ppo,rewarded-tiny2,rewarded-factors}-40/ckpt.pt --seeds 40 $views --num=5000 --out=out/matrix.json
     python lab/judge.py --seeds $five --by flow-10-1.0 heun-5 $views --num=5000 --out=out/retuned.json
 fi
 
