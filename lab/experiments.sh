@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind README's table and lab/results.md, one after the other on one thread, each in out/NAME-SEED:
-#     bash lab/experiments.sh            skewed, fidelity, paper, quality, merging: some 17 hours of one core, in two processes half of that
+#     bash lab/experiments.sh            skewed, fidelity, paper, quality, merging: computed, some 14 hours of one core
 #     bash lab/experiments.sh skewed     one of them, or select, photographs, skewed-photographs
 # Rates were chosen by `select` (seeds 101 to 103, other noise and real images): the default's if it is within a point of the best mean of *down*.
 set -euo pipefail

@@ -2,7 +2,7 @@
 Judge many checkpoints of the tiny world alike: FD, precision, recall, coverage, by several samplers and networks.
 
 python lab/judge.py --ckpts sit-tiny-skewed 'out/ppo-4?/ckpt.pt' --base sit-tiny-skewed
-python lab/judge.py --ckpts sit-tiny 'out/fidelity-4?/ckpt.pt' --by flow-10 flow-50-0.8 heun-25 --num_prdc=10000
+python lab/judge.py --ckpts sit-tiny 'out/tiny-ppo-*-4?/ckpt.pt' --by flow-10 flow-50-0.8 heun-25 --num_prdc=10000
 python lab/judge.py --ckpts sit-tiny --away 'out/neon-4?/cache/neon/self.pt' --scales 0.25 0.5 1     # and Neon's scales
 
 OUT/NAME-4?/ckpt.pt are seeds of one row: a mean, +- its standard error over the seeds, at least that of the evaluation
@@ -181,7 +181,7 @@ def main(argv=None):
                     more = dict(row=name, seed=seed, by=by, blue=drawn["blue"]["mean"].item())
                     if keep:
                         more |= two_sample_accuracy(drawn[networks[0].name]["images"], real[networks[0].name].images)
-                    skip = ("psi", "mean", "labels", "images", "seed")
+                    skip = ("psi", "mean", "labels", "images")
                     rows += [{k: v for k, v in drawn[n.name].items() if k not in skip} | more for n in networks[:-1]]
                     with whole(c.out) as f:
                         f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
