@@ -4006,6 +4006,7 @@ def test_judge_of_many_checkpoints(tmp_path):
     assert torch.allclose(flat(stepped), 3 * flat(base) - 2 * flat(copy), atol=1e-5)
     assert judge.mean_and_error([1.0, 3.0], [0.1, 0.1]) == (2.0, 1.0) and judge.mean_and_error([1.0], [0.1])[1] == 0.1
     for argv, told in ((["--ckpts", tmp_path / "x*.pt"], "no file matches"), (["--by", "flow"], "SAMPLER-STEPS"),
+                       (["--ckpts", "sit-tiny", "sit-tinny"], "no checkpoint 'sit-tinny'"),
                        (["--scales", "a"], "numbers in --scales"), (["--judges", "c2st"], "a network first")):
         assert told in mistakes(judge, *argv, expect=2)[1]
 

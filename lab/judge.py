@@ -158,6 +158,8 @@ def main(argv=None):
                  "--seeds, a network first in --judges")
         paths, copies = found(c.ckpts), found(c.away)
         c["base"] = c.base or paths[0]
+        for path in paths + copies:     # a missing one is said before the real images take their time
+            stored_parts(path)
         networks = [Pixels() if name == "pixels" else Untrained(device) if name == "random" else
                     feature_net(name, device=device) for name in c.judges if name != "c2st"] + [Blue()]
         keep = 3000 if "c2st" in c.judges else 0

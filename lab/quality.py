@@ -42,8 +42,8 @@ ESTIMATORS = {
        for n in (4, 10, 20, 50, 100)},
     "ppo, n = 50, noisier half of the steps": ["--batch=800", "--subset=50", "--reference=5000", "--times=0"],
     "ppo, n = 50, best quarter": ["--batch=800", "--subset=50", "--reference=5000", "--top=0.25", *ALL],
-    **{f"ppo, n = 50, reference of {n}": ["--batch=800", "--subset=50", f"--reference={n}", *ALL]
-       for n in (800, 2000, 20000)},
+    **{f"ppo, n = 10, noisier half, reference of {n}": ["--batch=800", "--subset=10", f"--reference={n}", "--times=0"]
+       for n in (500, 2000, 5000, 20000)},
     "forward": ["--batch=800", "--objective=forward"],
     "forward, all times": ["--batch=800", "--objective=forward", "--noisiest=1"],
     **{f"pathwise, horizon {h}": ["--batch=800", "--objective=pathwise", f"--horizon={h}"] for h in (1, 3, 10)},
