@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind README's table and lab/results.md, one after the other on one thread, each in out/NAME-SEED:
-#     bash lab/experiments.sh            skewed, fidelity, paper, quality, merging: computed, some 18 hours of one core
+#     bash lab/experiments.sh            skewed, fidelity, paper, quality, merging: computed, some 20 hours of one core
 #     bash lab/experiments.sh skewed     one of them, or select, photographs, skewed-photographs
 # Rates were chosen by `select` (seeds 101 to 103, other noise and real images): the default's if it is within a point of the best mean of *down*.
 set -euo pipefail
@@ -83,6 +83,8 @@ if part paper; then         # images: 1,300 an update; n = 1: 800
     row paper1   "$three" $paper --lr=3e-5 --iters=200 --subset=1
     row paper50-fast  "$three" $paper --lr=1e-4 --iters=450
     row paper1-fast   "$three" $paper --lr=1e-4 --iters=300 --subset=1
+    row paper10-fast  "$three" $paper --lr=1e-4 --iters=150 --subset=10
+    row paper50-fast-shuffled "$three" $paper --lr=1e-4 --iters=150 --advantage=shuffled
     row paper50-tiny 40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=450
     row paper1-tiny  40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=300 --subset=1
     python lab/judge.py --ckpts sit-tiny-skewed 'out/paper*-4?/ckpt-*.pt' --by flow-10 flow-50 --seeds $three --num=3000 $views --out=out/paper.json
