@@ -72,7 +72,7 @@ if part fidelity; then      # sit-tiny: how much the weights are held to the bas
         python lab/rivals.py neon --ckpts sit-tiny sit-tiny --num=0 --seed="$seed" --out="out/tiny-neon-$seed"
     done
     python lab/judge.py --ckpts sit-tiny out/tiny-{ppo,forward,pathwise,fifty}'-*-4?/ckpt.pt' --away 'out/tiny-neon-4?/cache/neon/self.pt' \
-        --scales 0.25 0.5 1 2 --seeds $three --by flow-10 euler-10 flow-50 euler-50 $views c2st --num_prdc=10000 --out=out/fidelity.json
+        --scales 0.25 0.5 1 2 --seeds $three --by flow-10 euler-10 flow-50 euler-50 $views c2st --num_prdc=10000 --out=out/fidelity.json  # frontier.png: its ppo, fifty and Neon by flow-50
     python lab/judge.py --ckpts sit-tiny --by flow-10-{0.3,0.8,1.3} heun-5 flow-50-{0.25,1.0} heun-25 $views c2st --num_prdc=10000 --out=out/samplers.json
 fi
 
@@ -85,8 +85,8 @@ if part paper; then         # images: 1,300 an update; n = 1: 800
     row paper1-fast   "$three" $paper --lr=1e-4 --iters=300 --subset=1
     row paper10-fast  "$three" $paper --lr=1e-4 --iters=150 --subset=10
     row paper50-fast-shuffled "$three" $paper --lr=1e-4 --iters=150 --advantage=shuffled
-    row paper50-tiny 40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=450
-    row paper1-tiny  40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=300 --subset=1
+    row tiny-paper50 40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=450
+    row tiny-paper1  40 $paper --lr=1e-4 --ckpt=sit-tiny --iters=300 --subset=1
     python lab/judge.py --ckpts sit-tiny-skewed 'out/paper*-4?/ckpt-*.pt' --by flow-10 flow-50 --seeds $three --num=3000 $views --out=out/paper.json
 fi
 
