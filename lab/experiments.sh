@@ -71,8 +71,9 @@ if part fidelity; then      # sit-tiny: how much the weights are held to the bas
     for seed in $three; do
         python lab/rivals.py neon --ckpts sit-tiny sit-tiny --num=0 --seed="$seed" --out="out/tiny-neon-$seed"
     done
+    # assets/frontier.png: the picture beside out/fidelity.json, of ppo, fifty and Neon by flow-50
     python lab/judge.py --ckpts sit-tiny out/tiny-{ppo,forward,pathwise,fifty}'-*-4?/ckpt.pt' --away 'out/tiny-neon-4?/cache/neon/self.pt' \
-        --scales 0.25 0.5 1 2 --seeds $three --by flow-10 euler-10 flow-50 euler-50 $views c2st --num_prdc=10000 --out=out/fidelity.json  # frontier.png: its ppo, fifty and Neon by flow-50
+        --scales 0.25 0.5 1 2 --seeds $three --by flow-10 euler-10 flow-50 euler-50 $views c2st --num_prdc=10000 --out=out/fidelity.json
     python lab/judge.py --ckpts sit-tiny --by flow-10-{0.3,0.8,1.3} heun-5 flow-50-{0.25,1.0} heun-25 $views c2st --num_prdc=10000 --out=out/samplers.json
 fi
 
